@@ -1,0 +1,2 @@
+//! The `blkrepl` binary.
+fn main() {}

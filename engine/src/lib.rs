@@ -1,0 +1,23 @@
+//! # blkrepl-engine
+//!
+//! Everything of blkrepl that replicates; it knows no NBD. Modules and the direction in which
+//! they may depend on each other (a module may use those to its right, never to its left):
+//!
+//! ```text
+//! reactor -> replica -> { meta, wire } -> types
+//! control ------------------------------> types
+//! ```
+//!
+//! `control` stands beside `replica`; they meet only in the plain data of [`types`]
+//! ([`types::ConfigView`], [`types::Proposal`]). Built without the features `control` and `reactor`
+//! the crate holds the sans-IO core alone: no clock, no socket, no file, no thread, no randomness.
+
+pub mod meta;
+pub mod replica;
+pub mod types;
+pub mod wire;
+
+#[cfg(feature = "control")]
+pub mod control;
+#[cfg(feature = "reactor")]
+pub mod reactor;

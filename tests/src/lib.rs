@@ -1,0 +1,1 @@
+//! Harness of the process tests: clusters of real `blkrepl` processes, faults, verifying clients.
