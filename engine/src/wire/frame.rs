@@ -510,3 +510,103 @@ const _: () = assert!(4 + 4 + 5 * 8 + 3 * 4 == HEADER_CRC_AT, "fields fill the h
 const _: () = assert!(RUNS_MAX as usize * RUN_LEN <= INLINE_BYTES_MAX as usize);
 const _: () = assert!(CONTENT_BLOCKS_MAX as usize * RUN_LEN <= INLINE_BYTES_MAX as usize);
 const _: () = assert!(CONTENT_BLOCKS_MAX as u64 * BLOCK_SIZE_DEFAULT as u64 == PAYLOAD_BYTES_MAX as u64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{BLOCK_HASH_LEN, Run, RunsKind};
+
+    /// Checks the header of `msg` after `tamper`, its checksum good.
+    fn checked(msg: &PeerMsg, tamper: impl FnOnce(&mut FrameHeader)) -> Result<FrameHeader, WireError> {
+        let mut out = Vec::new();
+        encode(msg, &mut out);
+        let mut header = decode_header(out.first_chunk().unwrap()).unwrap();
+        tamper(&mut header);
+        decode_header(&header.to_bytes())
+    }
+
+    fn zero(start: u64, count: u64) -> PeerMsg {
+        PeerMsg::Zero {
+            reign: Reign(1),
+            seq: WriteSeq(1),
+            blocks: BlockRange { start: BlockIndex(start), count },
+            durable: false,
+            missing: SlotSet(0),
+            config: LogIndex(1),
+        }
+    }
+
+    #[test]
+    fn fields_that_a_kind_does_not_use_must_be_zero() {
+        type Tamper = fn(&mut FrameHeader);
+        let tampers: [(&str, Tamper); 10] = [
+            ("reign", |h| h.reign = 1),
+            ("number", |h| h.id = 1),
+            ("config index or epoch", |h| h.index = 1),
+            ("missing set", |h| h.missing = 1),
+            ("flags", |h| h.flags = FLAG_DURABLE),
+            ("selector", |h| h.selector = 1),
+            ("block range", |h| h.start = 1),
+            ("block range", |h| h.count = 1),
+            ("item count", |h| h.items = 1),
+            ("checksum of an empty body", |h| h.body_crc = 1),
+        ];
+        for (name, tamper) in tampers {
+            let error = checked(&PeerMsg::Ping, tamper).unwrap_err();
+            assert!(matches!(error, WireError::Field { field, .. } if field == name), "{name}: {error}");
+        }
+        let error = checked(&PeerMsg::Ping, |h| h.body_len = 1).unwrap_err();
+        assert!(matches!(error, WireError::Field { field: "body length", .. }), "{error}");
+    }
+
+    #[test]
+    fn block_ranges_that_overflow_or_leave_the_largest_volume_are_refused() {
+        let last = VOLUME_BLOCKS_MAX - 1;
+        assert!(checked(&zero(last, 1), |_| ()).is_ok());
+        assert!(checked(&zero(last, 1), |h| h.count = 2).is_err());
+        assert!(checked(&zero(last, 1), |h| h.start = VOLUME_BLOCKS_MAX).is_err());
+        assert!(checked(&zero(last, 1), |h| h.start = u64::MAX).is_err());
+        assert!(checked(&zero(last, 1), |h| h.count = 0).is_err());
+        assert!(checked(&zero(0, VOLUME_BLOCKS_MAX), |h| h.count = u64::MAX).is_err());
+    }
+
+    #[test]
+    fn a_request_whose_answer_would_not_fit_one_payload_is_refused() {
+        let most = u64::from(CONTENT_BLOCKS_MAX);
+        let blocks = BlockRange { start: BlockIndex(0), count: most };
+        let request = PeerMsg::ReadRequest { reign: Reign(1), id: 1, blocks };
+        assert!(checked(&request, |_| ()).is_ok());
+        assert!(checked(&request, |h| h.count = most + 1).is_err());
+        let hashes = vec![[1; BLOCK_HASH_LEN]; CONTENT_BLOCKS_MAX as usize];
+        let compare = PeerMsg::Compare { reign: Reign(1), id: 1, blocks, hashes };
+        assert!(checked(&compare, |_| ()).is_ok());
+        assert!(checked(&compare, |h| h.items -= 1).is_err());
+        assert!(checked(&compare, |h| h.count -= 1).is_err());
+    }
+
+    #[test]
+    fn the_longest_list_of_runs_fits_and_a_longer_one_is_refused() {
+        let runs: Vec<_> = (0..u64::from(RUNS_MAX)).map(|at| Run { start: 2 * at, count: 1 }).collect();
+        let msg = PeerMsg::Runs { reign: Reign(1), kind: RunsKind::Intent, runs, last: true };
+        let header = checked(&msg, |_| ()).unwrap();
+        assert_eq!(header.body_len(), BodyLen::Inline(INLINE_BYTES_MAX));
+        let longer = checked(&msg, |h| {
+            h.items += 1;
+            h.body_len += 16;
+        });
+        assert!(matches!(longer, Err(WireError::Field { field: "item count", .. })));
+        assert!(checked(&msg, |h| h.selector = 2).is_err());
+        assert!(checked(&msg, |h| h.selector = 24).is_err());
+    }
+
+    #[test]
+    fn content_is_announced_by_its_flag_and_is_whole_blocks() {
+        let payload = Payload { buf: BufId(1), len: 4096, crc: 9 };
+        let reply = PeerMsg::ReadReply { reign: Reign(1), id: 1, payload: Some(payload) };
+        assert_eq!(checked(&reply, |_| ()).unwrap().body_len(), BodyLen::Bulk(4096));
+        assert!(checked(&reply, |h| h.flags = 0).is_err());
+        assert!(checked(&reply, |h| h.body_len = 4095).is_err());
+        assert!(checked(&reply, |h| h.body_len = PAYLOAD_BYTES_MAX + 4096).is_err());
+        assert!(checked(&reply, |h| h.body_len = 0).is_err());
+    }
+}

@@ -260,7 +260,8 @@ impl Hello {
     pub fn answer(&self, local: &LocalEnd) -> HelloReply {
         let (code, reason) = if self.cluster != local.cluster {
             let text = format!(
-                "{} belongs to cluster {}, {} to cluster {}: correct the peer addresses, or add the node to this cluster",
+                "{} belongs to cluster {}, {} to cluster {}: correct the peer addresses, \
+                 or add the node to this cluster",
                 self.node, self.cluster, local.node, local.cluster
             );
             (Refusal::Cluster, text)

@@ -11,6 +11,8 @@ mod config;
 mod cursor;
 mod error;
 mod frame;
+#[cfg(test)]
+mod golden;
 mod hello;
 mod kind;
 pub mod message;
