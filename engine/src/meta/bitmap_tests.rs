@@ -44,7 +44,7 @@ struct Disk {
 
 impl Disk {
     fn new(bitmap: &PagedBitmap) -> Self {
-        let len = usize::try_from(bitmap.place.len()).unwrap();
+        let len = usize::try_from(bitmap.place.byte_len()).unwrap();
         Self { start: bitmap.place.offset(), bytes: vec![0; len] }
     }
 
@@ -308,6 +308,39 @@ proptest! {
         prop_assert_eq!(bools(&read), durable);
     }
 
+    /// Any number of pages flipped, zeroed or overwritten by other pages of the same bitmap: what is
+    /// read is a superset of what was saved, page by page equal or all-set, and writing it heals it.
+    #[test]
+    fn any_damage_reads_as_a_superset(
+        len in lens(),
+        ops in vec(op(), 1..10),
+        damage in vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0..3_u8), 1..12),
+    ) {
+        let mut bitmap = clear(len);
+        let mut disk = Disk::new(&bitmap);
+        let mut oracle = vec![false; usize::try_from(len).unwrap()];
+        for op in &ops {
+            apply(&mut bitmap, &mut oracle, op);
+        }
+        save(&mut bitmap, &mut disk);
+        let pages = disk.bytes.len() / 512;
+        for (page, other, kind) in &damage {
+            let (at, from) = (page.index(pages) * 512, other.index(pages) * 512);
+            match kind {
+                0 => disk.bytes[at + from % 511] ^= 0x10,
+                1 => disk.bytes[at..at + 512].fill(0),
+                _ => disk.bytes.copy_within(from..from + 512, at),
+            }
+        }
+        let (mut read, _) = disk.read(DIRTY, len, VOLUME);
+        let got = bools(&read);
+        for (got, saved) in got.chunks(PAGE_BITS).zip(oracle.chunks(PAGE_BITS)) {
+            prop_assert!(got == saved || got.iter().all(|bit| *bit));
+        }
+        save(&mut read, &mut disk);
+        prop_assert_eq!(bools(&disk.read(DIRTY, len, VOLUME).0), got);
+    }
+
     #[test]
     fn any_bytes_read_without_panic_and_only_valid_pages_clear_bits(
         len in 1..9000_u64,
@@ -375,6 +408,20 @@ fn the_write_after_damage_goes_to_the_damaged_slot_and_beats_both() {
         disk.write(&next);
         assert_eq!(disk.read(DIRTY, 100, VOLUME).0.count(), 100);
     }
+}
+
+#[test]
+fn the_write_after_damage_also_beats_what_was_unreadable_only_for_a_while() {
+    let (bitmap, mut disk) = saved(100);
+    let sound = disk.bytes.clone();
+    disk.bytes.fill(0xee);
+    let (mut read, damaged) = disk.read(DIRTY, 100, VOLUME);
+    assert_eq!((damaged, read.count()), (8, 100));
+    let write = read.encode_group(0);
+    disk.bytes = sound;
+    disk.write(&write);
+    let (again, damaged) = disk.read(DIRTY, 100, VOLUME);
+    assert_eq!((damaged, again.count()), (0, 100), "{} bits were set before", bitmap.count());
 }
 
 #[test]
@@ -470,7 +517,7 @@ fn an_area_never_written_reads_all_set_without_being_damaged() {
 #[test]
 fn an_intent_map_of_zeroes_is_damage() {
     let place = layout(500).area(Area::Intent);
-    let disk = Disk { start: place.offset(), bytes: vec![0; usize::try_from(place.len()).unwrap()] };
+    let disk = Disk { start: place.offset(), bytes: vec![0; usize::try_from(place.byte_len()).unwrap()] };
     let mut read_at = |_: u64, buffer: &mut [u8]| {
         buffer.copy_from_slice(&disk.bytes);
         Ok::<_, Infallible>(())

@@ -90,20 +90,14 @@ impl AreaLayout {
 
     /// Bytes that the area takes: two slots per group.
     #[must_use]
-    pub fn len(&self) -> u64 {
+    pub fn byte_len(&self) -> u64 {
         u64::from(self.groups) * 2 * GROUP_BYTES
-    }
-
-    /// Never: an area holds at least one group.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        false
     }
 
     /// The byte after the area.
     #[must_use]
     pub fn end(&self) -> u64 {
-        self.offset + self.len()
+        self.offset + self.byte_len()
     }
 
     /// Bits that the area holds.
@@ -165,7 +159,7 @@ impl Layout {
             0 => intent,
             number => {
                 let first = AreaLayout::new(intent.end(), self.blocks);
-                AreaLayout { offset: first.offset + u64::from(number - 1) * first.len(), ..first }
+                AreaLayout { offset: first.offset + u64::from(number - 1) * first.byte_len(), ..first }
             }
         }
     }
@@ -175,7 +169,7 @@ impl Layout {
     pub fn file_len(&self) -> u64 {
         let intent = AreaLayout::new(SUPERBLOCKS_END, self.regions);
         let dirty = AreaLayout::new(intent.end(), self.blocks);
-        dirty.offset + u64::try_from(REPLICAS_MAX).expect("a small constant") * dirty.len()
+        dirty.offset + u64::try_from(REPLICAS_MAX).expect("a small constant") * dirty.byte_len()
     }
 }
 
