@@ -1,5 +1,7 @@
 //! The client against the server, over real sockets, with volumes in memory behind it.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
 mod common;
 
 use std::collections::BTreeMap;

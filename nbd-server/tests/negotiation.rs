@@ -1,5 +1,7 @@
 //! The negotiation, option by option, as a pure state machine.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
 use blkrepl_nbd::negotiate::{
     CloseReason, Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, OPTIONS_MAX, Progress, Want,
 };

@@ -1,5 +1,7 @@
 //! Other people's clients against the server. A client that is not installed is printed as skipped.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
 mod common;
 
 use std::path::Path;
