@@ -21,6 +21,11 @@ impl Replica {
         if let Some(reason) = &self.failure {
             return Health::Unhealthy(reason.clone());
         }
+        // Until this run is on record nothing can be vouched for; a better replica is not to be passed
+        // over because it is slower to start [R6].
+        if !self.store.superblock_durable(self.opened_version) {
+            return Health::Unhealthy("it has just started and records its start".into());
+        }
         let limit = self.settings().disk_timeout;
         if self.disk.overdue(self.now, limit) {
             let reason = format!("a disk request is unanswered for more than {} s", limit.as_secs());

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use crate::meta::{DataIdentity, Image, Superblock};
 use crate::types::{
-    BlockRange, ClusterId, ConfigView, Epoch, Geometry, Incarnation, LineageFork, LineageId, LogIndex,
-    Member, Nanos, NodeId, Proposal, ProposalId, ProposalKind, ProposalOutcome, Reign, ReplicaSlot,
+    BlockRange, ClusterId, ConfigView, Epoch, Geometry, Health, Incarnation, LineageFork, LineageId,
+    LogIndex, Member, Nanos, NodeId, Proposal, ProposalId, ProposalKind, ProposalOutcome, Reign, ReplicaSlot,
     ReplicaView, VolumeId, VolumeSettings,
 };
 use crate::wire::{BaseContent, BufId, Payload, PeerMsg, SessionId};
@@ -705,7 +705,8 @@ impl World {
         for id in self.nodes.keys().copied().collect::<Vec<_>>() {
             let n = self.nodes.get_mut(&id).unwrap();
             let Some(replica) = n.replica.as_mut() else { continue };
-            if !n.cut_off {
+            // A grant counts only once the node has applied what the leader had [R1].
+            if !n.cut_off && n.seen == self.config.index {
                 n.lease_until = self.now + LEASE;
                 replica.handle_lease(Nanos(self.now), Lease { until: Nanos(n.lease_until) });
             }
@@ -901,7 +902,8 @@ impl World {
     fn restart_promotion(&mut self) -> bool {
         let all_back = self.config.in_sync.iter().all(|m| {
             let n = &self.nodes[&m.node];
-            n.replica.is_some() && n.incarnation != m.incarnation && !n.cut_off
+            let healthy = n.replica.as_ref().is_some_and(|r| r.health() == Health::Healthy);
+            healthy && n.incarnation != m.incarnation && !n.cut_off
         });
         if !all_back {
             return false;
