@@ -1,6 +1,7 @@
 //! Whole nodes over loopback TCP: founding, failover, restart, refusal of lost and foreign stores.
 
 use std::net::{SocketAddr, TcpListener as StdListener};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -22,6 +23,8 @@ struct Group {
     dirs: Vec<TempDir>,
     addrs: Vec<SocketAddr>,
     nodes: Vec<Option<Control>>,
+    /// Node 1 has stopped serving by itself, as a primary does before it proposes a move [R18].
+    stopped: AtomicBool,
 }
 
 fn free_addrs(n: usize) -> Vec<SocketAddr> {
@@ -67,7 +70,12 @@ impl Group {
 
     async fn new() -> Self {
         let dirs: Vec<_> = (0..4).map(|_| tempfile::tempdir().unwrap()).collect();
-        let mut group = Self { dirs, addrs: free_addrs(4), nodes: vec![None, None, None, None] };
+        let mut group = Self {
+            dirs,
+            addrs: free_addrs(4),
+            nodes: vec![None, None, None, None],
+            stopped: AtomicBool::new(false),
+        };
         for id in 1..=3 {
             init(group.dirs[id as usize - 1].path(), NodeId(id)).unwrap();
             group.start(id).await;
@@ -156,6 +164,9 @@ impl Group {
     /// True if node `id` believes that it may serve the volume right now.
     fn serves(&self, id: u64) -> bool {
         let Some(node) = &self.nodes[id as usize - 1] else { return false };
+        if id == 1 && self.stopped.load(Ordering::SeqCst) {
+            return false;
+        }
         let state = node.cluster_state();
         let primary = state.borrow().volumes.get(&VOL).and_then(|v| v.primary);
         let until = node.leases().borrow().until(VOL);
@@ -255,7 +266,10 @@ async fn r1_r18_moves_unhealthy_primaries_and_forces_never_make_two_primaries() 
     });
     // A move, and a stale one after it.
     let epoch = g.volume(1).epoch;
+    g.stopped.store(true, Ordering::SeqCst);
     assert_eq!(g.propose(1, 5, ProposalKind::Move(g.member(2))).await, ProposalOutcome::Applied);
+    assert_eq!(g.volume(1).primary, Some(g.member(2)), "the state arrives before the outcome");
+    g.stopped.store(false, Ordering::SeqCst);
     let stale = Proposal {
         id: ProposalId(6),
         volume: VOL,
