@@ -3,7 +3,10 @@
 //!
 //! - [`state`], [`command`], [`apply`]: the replicated state machine, pure;
 //! - [`lease`], [`failover`]: leases and who gets promoted, pure, time is passed in;
-//! - [`codec`]: the one envelope of everything on disk and on the wire.
+//! - [`codec`]: the one envelope of everything on disk and on the wire;
+//! - `store`: votes, log and state in redb, on a thread of its own; `rpc`, `network`: messages and who may send
+//!   them; `node`: a running node, seen from outside as [`Control`];
+//! - [`recover_force`]: a new cluster of one node when there is no quorum left, offline.
 //!
 //! What is pure here also runs in the simulator; there is no second implementation. openraft's types and
 //! redb's stay within this folder.
