@@ -1,1 +1,41 @@
-//! control
+//! The control plane: a small Raft group that decides who is primary and who is in sync. Block data never
+//! goes through it.
+//!
+//! - [`state`], [`command`], [`apply`]: the replicated state machine, pure;
+//! - [`lease`], [`failover`]: leases and who gets promoted, pure, time is passed in;
+//! - [`codec`]: the one envelope of everything on disk and on the wire;
+//! - `store`: votes, log and state in redb, on a thread of its own; `rpc`, `network`: messages and who may send
+//!   them; `node`: a running node, seen from outside as [`Control`];
+//! - [`recover_force`]: a new cluster of one node when there is no quorum left, offline.
+//!
+//! What is pure here also runs in the simulator; there is no second implementation. openraft's types and
+//! redb's stay within this folder.
+
+pub mod apply;
+pub mod codec;
+pub mod command;
+mod error;
+pub mod failover;
+#[cfg(test)]
+mod failover_tests;
+#[cfg(test)]
+mod fixture;
+pub mod lease;
+mod network;
+mod node;
+mod raft;
+mod random;
+mod recover;
+mod rpc;
+pub mod state;
+mod store;
+
+pub use apply::{apply, apply_under};
+pub use command::{Applied, ClusterOp, Command, Leadership, Prepared, RequestId};
+pub use error::{CallError, ControlError, SubmitError};
+pub use failover::{Decisions, Failover, NodeReport, Reports, VolumeReport};
+pub use lease::{Grant, LeaseSnapshot, LeaseTable, LeaseView, NodeLease};
+pub use node::{AdminHandler, Control, ControlOptions, Founder, LeaderView, boot_time, init, start};
+pub use recover::{RECOVERED_EPOCH_STEP, RecoverReport, RecoveredVolume, recover_force};
+pub use rpc::ADMIN_BYTES_MAX;
+pub use state::{ClusterState, NodeAddrs, NodeKind, NodeRecord, StoreId, VolumeRecord};
