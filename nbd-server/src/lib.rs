@@ -1,1 +1,36 @@
-//! NBD for blkrepl.
+//! # blkrepl-nbd
+//!
+//! NBD for blkrepl: what clients of a volume speak. The package knows NBD and nothing of replication; the
+//! engine knows replication and nothing of NBD. They meet in `blkrepl_engine::reactor::client`.
+//!
+//! ```text
+//! server     tokio: listens, runs the negotiation, hands the socket over   -> Exports::attach
+//! negotiate  sans-IO: fixed newstyle negotiation
+//! session    sans-IO: request headers and simple replies (a ClientProtocol) -> runs on the reactor
+//! client     a blocking and pipelined client for tests, demo and benches
+//! proto, uri, export   the protocol's constants, addresses, plain data and the Exports trait
+//! ```
+//!
+//! What of the specification is supported: `docs/nbd.md`.
+
+#![forbid(unsafe_code)]
+
+pub mod client;
+pub mod export;
+pub mod negotiate;
+pub mod proto;
+pub mod server;
+pub mod session;
+pub mod uri;
+
+mod listen;
+
+pub use client::{
+    ClientOptions, Completion, Handle, NbdClient, NbdError, RefusalKind, Request, RequestOp, list_exports,
+};
+pub use export::{Attached, ExportInfo, ExportRefusal, Exports};
+pub use listen::{ListenAddr, ListenError};
+pub use proto::NbdErrno;
+pub use server::{Server, ServerOptions};
+pub use session::Session;
+pub use uri::{NbdUri, Target, UriError};

@@ -1,1 +1,3 @@
 //! reactor
+
+pub mod client;

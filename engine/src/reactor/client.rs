@@ -1,0 +1,75 @@
+//! What the reactor and a client protocol agree on.
+//!
+//! The reactor owns the sockets, the buffers and the order of things; a protocol (NBD lives in its own
+//! package) only turns header bytes into [`FrontRequest`]s and results into reply headers. A
+//! [`ClientProtocol`] is one connection's codec: pure, no I/O, no clock. It never sees payload bytes, and
+//! it never keeps a request: everything that a reply needs is handed back to it.
+//!
+//! Invariants:
+//! - Every [`ClientFrame::Request`] is answered by exactly one reply, in any order, or the connection closes.
+//! - After the header of a [`FrontOp::Write`] exactly `len` payload bytes follow on the connection, also
+//!   if the request carries an error; after any other header nothing follows.
+
+use crate::replica::ClientError;
+
+/// The codec of one client connection that is past its negotiation.
+pub trait ClientProtocol: Send {
+    /// Length in bytes of the next request header (NBD with simple replies: 28). More than 0, at most 4096.
+    /// The same until the next [`parse`](Self::parse).
+    fn header_len(&self) -> usize;
+
+    /// Reads one request header. `header` is exactly [`header_len`](Self::header_len) bytes long. Whatever
+    /// the bytes are, this answers with a frame and never panics.
+    fn parse(&mut self, header: &[u8]) -> ClientFrame;
+
+    /// Appends the reply header for one request to `out`. `handle` and `op` are those of the
+    /// [`FrontRequest`]. After a successful read the caller sends the data, exactly as many bytes as were
+    /// asked for, right behind this header; after any other reply nothing follows.
+    fn reply(&mut self, handle: u64, op: FrontOp, result: Result<(), ClientError>, out: &mut Vec<u8>);
+}
+
+/// What a request header says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ClientFrame {
+    /// A request.
+    Request(FrontRequest),
+    /// The client says that it will send nothing more: answer what is in flight, then close.
+    Disconnect,
+    /// The bytes are not the protocol's; nothing after them can be trusted. Close at once, unanswered. The
+    /// text says what was wrong, for the log.
+    Violation(String),
+}
+
+/// One request of a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrontRequest {
+    /// The client's own name for it, opaque; clients may reuse one as soon as it is answered.
+    pub handle: u64,
+    /// What.
+    pub op: FrontOp,
+    /// First byte; 0 for a flush.
+    pub offset: u64,
+    /// Bytes; 0 for a flush. Bounded by the protocol's payload limit for reads and writes without an
+    /// `error` only: trim and write-zeroes carry no payload and may be as long as a `u32` can say.
+    pub len: u32,
+    /// Stable on all of the ack set before the reply.
+    pub fua: bool,
+    /// Set if the request is already known to be refused: drain its payload (a write's `len` bytes, be they
+    /// as many as a `u32` can say), then answer this error. Nothing else is to be done for it.
+    pub error: Option<ClientError>,
+}
+
+/// What a client asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrontOp {
+    /// Read.
+    Read,
+    /// Write; `len` payload bytes follow the header.
+    Write,
+    /// Make everything acknowledged on any connection so far stable.
+    Flush,
+    /// No longer needed; reads back as zeroes.
+    Trim,
+    /// Write zeroes.
+    WriteZeroes,
+}

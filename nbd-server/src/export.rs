@@ -1,0 +1,112 @@
+//! What the NBD server needs from whoever owns the volumes, and what it hands over.
+//!
+//! Plain data and one trait. Nothing here talks to a network. A connection changes hands exactly once, in
+//! [`Exports::attach`], after which this package never touches its socket again.
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+
+use blkrepl_engine::reactor::client::ClientProtocol;
+use thiserror::Error;
+
+use crate::proto;
+
+/// The volumes that are served, as the negotiation sees them. Called on the threads of the async runtime:
+/// no call may block.
+pub trait Exports: Send + Sync + 'static {
+    /// Names of all volumes that the node has a replica of, primary or not.
+    fn list(&self) -> Vec<String>;
+
+    /// What a client is told about the volume `name`, if it may be served here and now.
+    ///
+    /// # Errors
+    /// Why it may not; becomes the error reply to the client's option.
+    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal>;
+
+    /// Takes over a connection that has just entered the transmission phase of the volume `name` (which is
+    /// [`ExportInfo::name`]). Whoever cannot serve it any more drops it, which closes the connection.
+    fn attach(&self, name: &str, client: Attached);
+}
+
+/// What a client learns about an export.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportInfo {
+    /// Canonical name.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// Smallest alignment of requests, bytes; a power of two up to 65536. 1 means any alignment.
+    pub min_block: u32,
+    /// Alignment that is fast, bytes; a power of two, 512 or more.
+    pub preferred_block: u32,
+    /// Longest read or write, bytes.
+    pub max_payload: u32,
+    /// Writes are refused.
+    pub read_only: bool,
+}
+
+impl ExportInfo {
+    /// An export of `size` bytes with what blkrepl's volumes have: any alignment, blocks of 4096 bytes
+    /// preferred, up to 32 MiB in one request, writable.
+    #[must_use]
+    pub fn new(name: impl Into<String>, size: u64) -> Self {
+        Self {
+            name: name.into(),
+            size,
+            min_block: 1,
+            preferred_block: 4096,
+            max_payload: proto::PAYLOAD_MAX_DEFAULT,
+            read_only: false,
+        }
+    }
+
+    /// What `NBD_INFO_DESCRIPTION` says, for people.
+    #[must_use]
+    pub fn description(&self) -> String {
+        format!("replicated volume {} of blkrepl", self.name)
+    }
+
+    /// Transmission flags of the export.
+    #[must_use]
+    pub fn transmission_flags(&self) -> u16 {
+        let base = proto::NBD_FLAG_HAS_FLAGS
+            | proto::NBD_FLAG_SEND_FLUSH
+            | proto::NBD_FLAG_SEND_FUA
+            | proto::NBD_FLAG_SEND_TRIM
+            | proto::NBD_FLAG_SEND_WRITE_ZEROES
+            | proto::NBD_FLAG_CAN_MULTI_CONN;
+        if self.read_only { base | proto::NBD_FLAG_READ_ONLY } else { base }
+    }
+}
+
+/// Why an export is not served. The texts go to the client as they are.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ExportRefusal {
+    /// There is no such volume here; becomes `NBD_REP_ERR_UNKNOWN`.
+    #[error("{0}")]
+    Unknown(String),
+    /// The volume is known but not served here and now; becomes `NBD_REP_ERR_POLICY`. The text names the
+    /// primary and where it is.
+    #[error("{0}")]
+    Policy(String),
+    /// The node is stopping; becomes `NBD_REP_ERR_SHUTDOWN`.
+    #[error("this node is stopping; connect to another node of the cluster")]
+    Shutdown,
+}
+
+/// A connection past its negotiation.
+pub struct Attached {
+    /// The connected socket, TCP or unix, in blocking mode (so that io_uring arms a poll where it would
+    /// otherwise hand back `EAGAIN`), TCP without delay. No byte behind the negotiation has been read from it.
+    pub fd: OwnedFd,
+    /// Its codec.
+    pub protocol: Box<dyn ClientProtocol>,
+    /// The client's address, for logs.
+    pub peer: String,
+}
+
+impl fmt::Debug for Attached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attached").field("fd", &self.fd).field("peer", &self.peer).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,374 @@
+//! The server's side of the fixed newstyle negotiation, sans-IO: bytes in, bytes and a verdict out.
+//!
+//! The machine says how many bytes it wants next ([`Negotiation::wants`]), and the caller reads exactly as
+//! many, never more. So nothing of the transmission phase is ever read here, and the socket can be handed
+//! over as it is, without left-over bytes. It does no I/O, knows no clock, and asks [`Exports`] only for
+//! names and facts; it never attaches anything.
+//!
+//! Memory is bounded whatever the peer sends: an option's data is held only up to [`OPTION_BYTES_MAX`],
+//! longer data is thrown away as it comes, up to [`OPTION_DRAIN_MAX`], and there are at most
+//! [`OPTIONS_MAX`] options in a session.
+
+use thiserror::Error;
+
+use crate::export::{ExportInfo, ExportRefusal, Exports};
+use crate::proto::{self, be16, be32, be64};
+
+/// Longest option data that is looked at, in bytes: a longest name and more information requests than exist.
+pub const OPTION_BYTES_MAX: u32 = 8192;
+/// Longest option data that is thrown away to keep the session; beyond it the connection is closed.
+pub const OPTION_DRAIN_MAX: u32 = 1 << 20;
+/// Most options in one session; one more closes the connection.
+pub const OPTIONS_MAX: u32 = 1024;
+
+/// What the machine needs next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// Exactly so many bytes, at most [`OPTION_BYTES_MAX`], given to [`Negotiation::advance`] in one piece.
+    Bytes(usize),
+    /// So many bytes to be read and thrown away, then an `advance` with no bytes.
+    Discard(u32),
+}
+
+/// Where the negotiation stands after some input.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Send what was put out, then go on with [`Negotiation::wants`].
+    Continue,
+    /// Send what was put out; the next byte from the client is the first request on this export.
+    Transmission(ExportInfo),
+    /// Send what was put out, then close.
+    Close(CloseReason),
+}
+
+/// Why a negotiation ended without an export.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum CloseReason {
+    /// The client sent `NBD_OPT_ABORT`.
+    #[error("the client ended the negotiation")]
+    Aborted,
+    /// A client flag that was not offered.
+    #[error("client flags {0:#x} contain one that was not offered")]
+    UnknownFlags(u32),
+    /// An option that does not begin with `IHAVEOPT`.
+    #[error("an option begins with {0:#018x} instead of IHAVEOPT")]
+    BadMagic(u64),
+    /// `NBD_OPT_EXPORT_NAME` cannot be refused in any other way.
+    #[error("export {name:?} refused: {refusal}")]
+    ExportNameRefused {
+        /// The name that the client asked for.
+        name: String,
+        /// Why.
+        refusal: ExportRefusal,
+    },
+    /// The data of `NBD_OPT_EXPORT_NAME` is not a name.
+    #[error("the name in NBD_OPT_EXPORT_NAME is not a string of at most 4096 bytes")]
+    ExportNameMalformed,
+    /// A client without `NBD_FLAG_C_FIXED_NEWSTYLE` cannot be told anything about other options.
+    #[error("option {0} from a client that does not speak fixed newstyle")]
+    NotFixedNewstyle(u32),
+    /// Option data beyond [`OPTION_DRAIN_MAX`].
+    #[error("option {option} with {len} bytes of data")]
+    OptionTooLong {
+        /// The option.
+        option: u32,
+        /// Its length.
+        len: u32,
+    },
+    /// More than [`OPTIONS_MAX`] options.
+    #[error("more than {OPTIONS_MAX} options in one negotiation")]
+    TooManyOptions,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    ClientFlags,
+    OptionHeader,
+    OptionData { option: u32, len: u32 },
+    OptionDiscard { option: u32, len: u32, reply: u32 },
+    Ended,
+}
+
+/// One negotiation.
+#[derive(Clone, Debug)]
+pub struct Negotiation {
+    state: State,
+    fixed_newstyle: bool,
+    no_zeroes: bool,
+    options: u32,
+}
+
+impl Negotiation {
+    /// Begins a negotiation and appends the server's greeting to `out`.
+    #[must_use]
+    pub fn new(out: &mut Vec<u8>) -> Self {
+        out.extend_from_slice(&proto::NBDMAGIC.to_be_bytes());
+        out.extend_from_slice(&proto::IHAVEOPT.to_be_bytes());
+        let flags = proto::NBD_FLAG_FIXED_NEWSTYLE | proto::NBD_FLAG_NO_ZEROES;
+        out.extend_from_slice(&flags.to_be_bytes());
+        Self { state: State::ClientFlags, fixed_newstyle: false, no_zeroes: false, options: 0 }
+    }
+
+    /// What is to be read next. Meaningless (0 bytes) once the negotiation has ended.
+    #[must_use]
+    pub fn wants(&self) -> Want {
+        match self.state {
+            State::ClientFlags => Want::Bytes(4),
+            State::OptionHeader => Want::Bytes(proto::OPTION_HEADER_LEN),
+            State::OptionData { len, .. } => Want::Bytes(len as usize),
+            State::OptionDiscard { len, .. } => Want::Discard(len),
+            State::Ended => Want::Bytes(0),
+        }
+    }
+
+    /// Takes the bytes that were wanted and appends what is to be sent to `out`.
+    ///
+    /// # Panics
+    /// If the caller gives another number of bytes than was wanted, or goes on after the end.
+    pub fn advance(&mut self, bytes: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
+        let expected = match self.wants() {
+            Want::Bytes(len) => len,
+            Want::Discard(_) => 0,
+        };
+        assert_eq!(bytes.len(), expected, "the caller of a negotiation reads exactly what is wanted");
+        let progress = match self.state {
+            State::ClientFlags => self.on_client_flags(be32(bytes, 0)),
+            State::OptionHeader => self.on_option_header(bytes, exports, out),
+            State::OptionData { option, .. } => self.on_option(option, bytes, exports, out),
+            State::OptionDiscard { option, reply, .. } => {
+                self.state = State::OptionHeader;
+                put_error(out, option, reply, refusal_text(reply));
+                Progress::Continue
+            }
+            State::Ended => panic!("a negotiation that has ended was given more input"),
+        };
+        if !matches!(progress, Progress::Continue) {
+            self.state = State::Ended;
+        }
+        progress
+    }
+
+    fn on_client_flags(&mut self, flags: u32) -> Progress {
+        if flags & !(proto::NBD_FLAG_C_FIXED_NEWSTYLE | proto::NBD_FLAG_C_NO_ZEROES) != 0 {
+            return Progress::Close(CloseReason::UnknownFlags(flags));
+        }
+        self.fixed_newstyle = flags & proto::NBD_FLAG_C_FIXED_NEWSTYLE != 0;
+        self.no_zeroes = flags & proto::NBD_FLAG_C_NO_ZEROES != 0;
+        self.state = State::OptionHeader;
+        Progress::Continue
+    }
+
+    fn on_option_header(&mut self, header: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
+        let magic = be64(header, 0);
+        if magic != proto::IHAVEOPT {
+            return Progress::Close(CloseReason::BadMagic(magic));
+        }
+        let (option, len) = (be32(header, 8), be32(header, 12));
+        self.options += 1;
+        if self.options > OPTIONS_MAX {
+            return Progress::Close(CloseReason::TooManyOptions);
+        }
+        if option != proto::NBD_OPT_EXPORT_NAME && !self.fixed_newstyle {
+            return Progress::Close(CloseReason::NotFixedNewstyle(option));
+        }
+        if len > OPTION_DRAIN_MAX {
+            return Progress::Close(CloseReason::OptionTooLong { option, len });
+        }
+        let known = matches!(
+            option,
+            proto::NBD_OPT_EXPORT_NAME
+                | proto::NBD_OPT_ABORT
+                | proto::NBD_OPT_LIST
+                | proto::NBD_OPT_INFO
+                | proto::NBD_OPT_GO
+        );
+        if len == 0 {
+            return if known {
+                self.on_option(option, &[], exports, out)
+            } else {
+                put_error(out, option, proto::NBD_REP_ERR_UNSUP, refusal_text(proto::NBD_REP_ERR_UNSUP));
+                Progress::Continue
+            };
+        }
+        if known && len <= OPTION_BYTES_MAX {
+            self.state = State::OptionData { option, len };
+            return Progress::Continue;
+        }
+        if option == proto::NBD_OPT_EXPORT_NAME {
+            return Progress::Close(CloseReason::ExportNameMalformed);
+        }
+        let reply = if known { proto::NBD_REP_ERR_TOO_BIG } else { proto::NBD_REP_ERR_UNSUP };
+        self.state = State::OptionDiscard { option, len, reply };
+        Progress::Continue
+    }
+
+    fn on_option(&mut self, option: u32, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
+        self.state = State::OptionHeader;
+        match option {
+            proto::NBD_OPT_EXPORT_NAME => self.on_export_name(data, exports, out),
+            proto::NBD_OPT_ABORT => {
+                // Data, if any, is ignored, as the specification wants it.
+                put_reply(out, option, proto::NBD_REP_ACK, &[]);
+                Progress::Close(CloseReason::Aborted)
+            }
+            proto::NBD_OPT_LIST => {
+                on_list(data, exports, out);
+                Progress::Continue
+            }
+            _ => on_info(option, data, exports, out),
+        }
+    }
+
+    fn on_export_name(&self, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
+        let Some(name) = parse_string(data) else {
+            return Progress::Close(CloseReason::ExportNameMalformed);
+        };
+        let info = match open(exports, name) {
+            Ok(info) => info,
+            Err(refusal) => {
+                let name = name.to_owned();
+                return Progress::Close(CloseReason::ExportNameRefused { name, refusal });
+            }
+        };
+        out.extend_from_slice(&info.size.to_be_bytes());
+        out.extend_from_slice(&info.transmission_flags().to_be_bytes());
+        if !self.no_zeroes {
+            out.extend_from_slice(&[0; proto::EXPORT_NAME_ZEROES]);
+        }
+        Progress::Transmission(info)
+    }
+}
+
+fn on_list(data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) {
+    if !data.is_empty() {
+        put_error(out, proto::NBD_OPT_LIST, proto::NBD_REP_ERR_INVALID, "NBD_OPT_LIST carries no data");
+        return;
+    }
+    for name in exports.list() {
+        // A name that the protocol cannot carry cannot be asked for either.
+        let Ok(len) = u32::try_from(name.len()) else { continue };
+        if name.len() > proto::STRING_BYTES_MAX {
+            continue;
+        }
+        let mut body = Vec::with_capacity(4 + name.len());
+        body.extend_from_slice(&len.to_be_bytes());
+        body.extend_from_slice(name.as_bytes());
+        put_reply(out, proto::NBD_OPT_LIST, proto::NBD_REP_SERVER, &body);
+    }
+    put_reply(out, proto::NBD_OPT_LIST, proto::NBD_REP_ACK, &[]);
+}
+
+fn on_info(option: u32, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
+    let Some(request) = InfoRequest::parse(data) else {
+        let text = "the lengths in the option's data contradict each other, or the name is not a string";
+        put_error(out, option, proto::NBD_REP_ERR_INVALID, text);
+        return Progress::Continue;
+    };
+    let info = match open(exports, request.name) {
+        Ok(info) => info,
+        Err(refusal) => {
+            let reply = match refusal {
+                ExportRefusal::Unknown(_) => proto::NBD_REP_ERR_UNKNOWN,
+                ExportRefusal::Policy(_) => proto::NBD_REP_ERR_POLICY,
+                ExportRefusal::Shutdown => proto::NBD_REP_ERR_SHUTDOWN,
+            };
+            put_error(out, option, reply, &refusal.to_string());
+            return Progress::Continue;
+        }
+    };
+    put_infos(out, option, &info, &request);
+    put_reply(out, option, proto::NBD_REP_ACK, &[]);
+    if option == proto::NBD_OPT_GO { Progress::Transmission(info) } else { Progress::Continue }
+}
+
+fn put_infos(out: &mut Vec<u8>, option: u32, info: &ExportInfo, request: &InfoRequest<'_>) {
+    let mut export = proto::NBD_INFO_EXPORT.to_be_bytes().to_vec();
+    export.extend_from_slice(&info.size.to_be_bytes());
+    export.extend_from_slice(&info.transmission_flags().to_be_bytes());
+    put_reply(out, option, proto::NBD_REP_INFO, &export);
+    if request.wants(proto::NBD_INFO_NAME) {
+        let body = [&proto::NBD_INFO_NAME.to_be_bytes(), info.name.as_bytes()].concat();
+        put_reply(out, option, proto::NBD_REP_INFO, &body);
+    }
+    if request.wants(proto::NBD_INFO_DESCRIPTION) {
+        let body = [&proto::NBD_INFO_DESCRIPTION.to_be_bytes(), info.description().as_bytes()].concat();
+        put_reply(out, option, proto::NBD_REP_INFO, &body);
+    }
+    if request.wants(proto::NBD_INFO_BLOCK_SIZE) {
+        let mut body = proto::NBD_INFO_BLOCK_SIZE.to_be_bytes().to_vec();
+        for size in [info.min_block, info.preferred_block, info.max_payload] {
+            body.extend_from_slice(&size.to_be_bytes());
+        }
+        put_reply(out, option, proto::NBD_REP_INFO, &body);
+    }
+}
+
+/// Opens an export; the empty name means the only one.
+fn open(exports: &dyn Exports, name: &str) -> Result<ExportInfo, ExportRefusal> {
+    if !name.is_empty() {
+        return exports.open(name);
+    }
+    let mut names = exports.list();
+    match (names.pop(), names.len()) {
+        (Some(only), 0) => exports.open(&only),
+        (None, _) => Err(ExportRefusal::Unknown("this node has no volume".into())),
+        (Some(_), others) => Err(ExportRefusal::Unknown(format!(
+            "no export name was given and this node has {} volumes; name one of them",
+            others + 1
+        ))),
+    }
+}
+
+/// Data of `NBD_OPT_INFO` and `NBD_OPT_GO`.
+struct InfoRequest<'a> {
+    name: &'a str,
+    /// Two bytes each.
+    wanted: &'a [u8],
+}
+
+impl<'a> InfoRequest<'a> {
+    /// `None` if the lengths contradict each other or the name is not a string.
+    fn parse(data: &'a [u8]) -> Option<Self> {
+        let (name_len, rest) = data.split_first_chunk::<4>()?;
+        let name_len = usize::try_from(u32::from_be_bytes(*name_len)).ok()?;
+        let (name, rest) = rest.split_at_checked(name_len)?;
+        let (count, wanted) = rest.split_first_chunk::<2>()?;
+        if wanted.len() != usize::from(u16::from_be_bytes(*count)) * 2 {
+            return None;
+        }
+        Some(Self { name: parse_string(name)?, wanted })
+    }
+
+    fn wants(&self, info: u16) -> bool {
+        self.wanted.chunks_exact(2).any(|pair| be16(pair, 0) == info)
+    }
+}
+
+/// A string as the specification defines it: UTF-8, no NUL, at most 4096 bytes.
+fn parse_string(bytes: &[u8]) -> Option<&str> {
+    let text = std::str::from_utf8(bytes).ok()?;
+    (text.len() <= proto::STRING_BYTES_MAX && !text.contains('\0')).then_some(text)
+}
+
+fn refusal_text(reply: u32) -> &'static str {
+    if reply == proto::NBD_REP_ERR_TOO_BIG {
+        "the option's data is longer than any that this server understands"
+    } else {
+        "this server does not support the option"
+    }
+}
+
+fn put_error(out: &mut Vec<u8>, option: u32, reply: u32, text: &str) {
+    let end = text.floor_char_boundary(proto::STRING_BYTES_MAX);
+    put_reply(out, option, reply, &text.as_bytes()[..end]);
+}
+
+fn put_reply(out: &mut Vec<u8>, option: u32, reply: u32, data: &[u8]) {
+    let len = u32::try_from(data.len()).expect("an option reply is made of strings of at most 4096 bytes");
+    out.extend_from_slice(&proto::NBD_REP_MAGIC.to_be_bytes());
+    out.extend_from_slice(&option.to_be_bytes());
+    out.extend_from_slice(&reply.to_be_bytes());
+    out.extend_from_slice(&len.to_be_bytes());
+    out.extend_from_slice(data);
+}

@@ -1,0 +1,228 @@
+//! Accept loops and the negotiation of each connection, on tokio.
+//!
+//! A connection lives here from its accept to the end of its negotiation, at most
+//! [`ServerOptions::negotiation_timeout`]; then its socket goes to [`Exports::attach`] and this module
+//! forgets it. It never reads a byte of the transmission phase: the negotiation says how many bytes it
+//! wants, and exactly as many are taken from the socket.
+//!
+//! At most [`ServerOptions::negotiations_max`] connections negotiate at once. When as many do, nothing more
+//! is accepted until one of them is through or timed out; clients wait in the kernel's backlog.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+
+use crate::export::{Attached, ExportInfo, Exports};
+use crate::listen::{Accepted, ListenAddr, ListenError, Listener};
+use crate::negotiate::{CloseReason, Negotiation, OPTION_BYTES_MAX, Progress, Want};
+use crate::session::Session;
+
+/// Pause after a failed accept (out of file descriptors, mostly), so that it does not spin.
+const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
+
+/// Limits of a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServerOptions {
+    /// Longest time from accept to the transmission phase. A client that takes longer is disconnected.
+    pub negotiation_timeout: Duration,
+    /// Most connections that negotiate at once, over all addresses of the server; at least 1.
+    pub negotiations_max: usize,
+}
+
+impl Default for ServerOptions {
+    /// 10 seconds, 256 connections.
+    fn default() -> Self {
+        Self { negotiation_timeout: Duration::from_secs(10), negotiations_max: 256 }
+    }
+}
+
+/// A running server. Dropped, it stops at once.
+#[derive(Debug)]
+pub struct Server {
+    stop: watch::Sender<bool>,
+    loops: JoinSet<()>,
+    addrs: Vec<ListenAddr>,
+}
+
+impl Server {
+    /// Listens on all addresses and starts to accept. To be called within a tokio runtime with I/O and time.
+    ///
+    /// # Errors
+    /// The first address that cannot be listened on; nothing is left listening then.
+    pub async fn start(
+        listen: &[ListenAddr],
+        exports: Arc<dyn Exports>,
+        options: ServerOptions,
+    ) -> Result<Self, ListenError> {
+        let mut listeners = Vec::with_capacity(listen.len());
+        let mut addrs = Vec::with_capacity(listen.len());
+        for addr in listen {
+            let listener = Listener::bind(addr).await?;
+            // A bound socket has an address; where the kernel does not tell, what was asked for stands.
+            addrs.push(listener.addr().unwrap_or_else(|_| addr.clone()));
+            listeners.push(listener);
+        }
+        let (stop, stopped) = watch::channel(false);
+        let permits = Arc::new(Semaphore::new(options.negotiations_max.max(1)));
+        let mut loops = JoinSet::new();
+        for listener in listeners {
+            let acceptor = Acceptor {
+                listener,
+                exports: Arc::clone(&exports),
+                permits: Arc::clone(&permits),
+                timeout: options.negotiation_timeout,
+            };
+            loops.spawn(acceptor.run(stopped.clone()));
+        }
+        Ok(Self { stop, loops, addrs })
+    }
+
+    /// The addresses that it listens on, in the order given to [`start`](Self::start); ports chosen by the
+    /// kernel are filled in.
+    #[must_use]
+    pub fn addrs(&self) -> &[ListenAddr] {
+        &self.addrs
+    }
+
+    /// Stops accepting, ends negotiations under way, removes unix socket files. Connections that were handed
+    /// over are not touched.
+    pub async fn stop(mut self) {
+        self.stop.send_replace(true);
+        while self.loops.join_next().await.is_some() {}
+    }
+}
+
+struct Acceptor {
+    listener: Listener,
+    exports: Arc<dyn Exports>,
+    permits: Arc<Semaphore>,
+    timeout: Duration,
+}
+
+impl Acceptor {
+    async fn run(self, mut stopped: watch::Receiver<bool>) {
+        // Dropping the set at the end aborts the negotiations that are still under way.
+        let mut negotiations = JoinSet::new();
+        loop {
+            let accept = async {
+                // Never closed, so this does not fail.
+                let permit = Arc::clone(&self.permits).acquire_owned().await.ok();
+                (self.listener.accept().await, permit)
+            };
+            let (accepted, permit) = tokio::select! {
+                _ = stopped.wait_for(|stop| *stop) => return,
+                Some(_) = negotiations.join_next(), if !negotiations.is_empty() => continue,
+                accepted = accept => accepted,
+            };
+            match accepted {
+                Ok((stream, peer)) => {
+                    let exports = Arc::clone(&self.exports);
+                    let timeout = self.timeout;
+                    negotiations.spawn(async move {
+                        serve(stream, &peer, exports.as_ref(), timeout).await;
+                        drop(permit);
+                    });
+                }
+                Err(e) => {
+                    tracing::warn!("cannot accept an NBD connection: {e}");
+                    tokio::time::sleep(ACCEPT_RETRY_PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+/// One connection from accept to hand-over.
+async fn serve(mut stream: Accepted, peer: &str, exports: &dyn Exports, timeout: Duration) {
+    let negotiation = async {
+        match &mut stream {
+            Accepted::Tcp(stream) => negotiate(stream, exports).await,
+            Accepted::Unix(stream) => negotiate(stream, exports).await,
+        }
+    };
+    let info = match tokio::time::timeout(timeout, negotiation).await {
+        Ok(Ok(Ok(info))) => info,
+        Ok(Ok(Err(reason))) => return tracing::debug!(peer, "NBD negotiation ended: {reason}"),
+        Ok(Err(e)) => return tracing::debug!(peer, "NBD connection lost in the negotiation: {e}"),
+        Err(_) => return tracing::debug!(peer, "NBD negotiation not done within {timeout:?}, closed"),
+    };
+    match into_fd(stream) {
+        Ok(fd) => {
+            tracing::debug!(peer, export = info.name, "NBD client attached");
+            let protocol = Box::new(Session::new(&info));
+            exports.attach(&info.name, Attached { fd, protocol, peer: peer.to_owned() });
+        }
+        Err(e) => tracing::warn!(peer, "cannot hand over an NBD connection: {e}"),
+    }
+}
+
+/// Runs a negotiation on a stream, reading exactly what it wants.
+async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    exports: &dyn Exports,
+) -> io::Result<Result<ExportInfo, CloseReason>> {
+    let mut out = Vec::new();
+    let mut machine = Negotiation::new(&mut out);
+    // Most negotiations need a few hundred bytes; grows to the largest option data at most.
+    let mut buf = vec![0; 256];
+    loop {
+        stream.write_all(&out).await?;
+        stream.flush().await?;
+        out.clear();
+        let bytes = match machine.wants() {
+            Want::Bytes(len) => {
+                if buf.len() < len {
+                    buf.resize(OPTION_BYTES_MAX as usize, 0);
+                }
+                stream.read_exact(&mut buf[..len]).await?;
+                &buf[..len]
+            }
+            Want::Discard(mut left) => {
+                while left > 0 {
+                    let chunk = buf.len().min(left as usize);
+                    let got = stream.read(&mut buf[..chunk]).await?;
+                    if got == 0 {
+                        return Err(io::ErrorKind::UnexpectedEof.into());
+                    }
+                    // `got` is at most `left`, a u32.
+                    left -= got as u32;
+                }
+                &[]
+            }
+        };
+        match machine.advance(bytes, exports, &mut out) {
+            Progress::Continue => {}
+            Progress::Transmission(info) => {
+                stream.write_all(&out).await?;
+                stream.flush().await?;
+                return Ok(Ok(info));
+            }
+            Progress::Close(reason) => {
+                stream.write_all(&out).await?;
+                stream.shutdown().await?;
+                return Ok(Err(reason));
+            }
+        }
+    }
+}
+
+/// Takes the socket out of tokio, back in blocking mode.
+fn into_fd(stream: Accepted) -> io::Result<OwnedFd> {
+    match stream {
+        Accepted::Tcp(stream) => {
+            let stream = stream.into_std()?;
+            stream.set_nonblocking(false)?;
+            Ok(stream.into())
+        }
+        Accepted::Unix(stream) => {
+            let stream = stream.into_std()?;
+            stream.set_nonblocking(false)?;
+            Ok(stream.into())
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! The transmission phase of one connection: request headers in, simple reply headers out.
+//!
+//! Pure: no I/O, no payload bytes, no memory of requests. It checks everything about a request that can be
+//! known from its header and the export, so that what it hands on without an error lies within the export.
+//! It never closes a connection for a request that is merely refused; only a wrong magic does, because then
+//! nothing on the stream can be trusted any more.
+
+use blkrepl_engine::reactor::client::{ClientFrame, ClientProtocol, FrontOp, FrontRequest};
+use blkrepl_engine::replica::ClientError;
+
+use crate::export::ExportInfo;
+use crate::proto::{self, NbdErrno, REQUEST_LEN, RequestHeader};
+
+/// Codec of a connection with simple replies.
+#[derive(Clone, Debug)]
+pub struct Session {
+    size: u64,
+    min_block: u32,
+    max_payload: u32,
+    read_only: bool,
+}
+
+impl Session {
+    /// A session on `export`, as it was announced to the client.
+    #[must_use]
+    pub fn new(export: &ExportInfo) -> Self {
+        Self {
+            size: export.size,
+            min_block: export.min_block.max(1),
+            max_payload: export.max_payload,
+            read_only: export.read_only,
+        }
+    }
+
+    fn request(&self, header: &RequestHeader) -> FrontRequest {
+        let op = match header.command {
+            proto::NBD_CMD_READ => FrontOp::Read,
+            proto::NBD_CMD_WRITE => FrontOp::Write,
+            proto::NBD_CMD_FLUSH => FrontOp::Flush,
+            proto::NBD_CMD_TRIM => FrontOp::Trim,
+            proto::NBD_CMD_WRITE_ZEROES => FrontOp::WriteZeroes,
+            _ => return refused(header.handle),
+        };
+        FrontRequest {
+            handle: header.handle,
+            op,
+            offset: header.offset,
+            len: header.len,
+            fua: header.flags & proto::NBD_CMD_FLAG_FUA != 0,
+            error: self.check(op, header).err(),
+        }
+    }
+
+    fn check(&self, op: FrontOp, header: &RequestHeader) -> Result<(), ClientError> {
+        let known = match op {
+            FrontOp::WriteZeroes => proto::NBD_CMD_FLAG_FUA | proto::NBD_CMD_FLAG_NO_HOLE,
+            _ => proto::NBD_CMD_FLAG_FUA,
+        };
+        if header.flags & !known != 0 {
+            return Err(ClientError::Invalid);
+        }
+        if op == FrontOp::Flush {
+            // Offset and length of a flush are reserved.
+            return if header.offset == 0 && header.len == 0 { Ok(()) } else { Err(ClientError::Invalid) };
+        }
+        if self.read_only && op != FrontOp::Read {
+            return Err(ClientError::Invalid);
+        }
+        // The specification leaves a length of 0 open (but for not disconnecting). It is refused, so that
+        // nobody takes an empty write with FUA for a flush.
+        let align = u64::from(self.min_block);
+        if header.len == 0
+            || !header.offset.is_multiple_of(align)
+            || !u64::from(header.len).is_multiple_of(align)
+        {
+            return Err(ClientError::Invalid);
+        }
+        if matches!(op, FrontOp::Read | FrontOp::Write) && header.len > self.max_payload {
+            return Err(ClientError::Invalid);
+        }
+        let inside = header.offset.checked_add(u64::from(header.len)).is_some_and(|end| end <= self.size);
+        match op {
+            _ if inside => Ok(()),
+            FrontOp::Write | FrontOp::WriteZeroes => Err(ClientError::NoSpace),
+            _ => Err(ClientError::Invalid),
+        }
+    }
+}
+
+/// A request that is not known at all: it has no payload (none can be known), so nothing is drained.
+fn refused(handle: u64) -> FrontRequest {
+    let error = Some(ClientError::Invalid);
+    FrontRequest { handle, op: FrontOp::Flush, offset: 0, len: 0, fua: false, error }
+}
+
+impl ClientProtocol for Session {
+    fn header_len(&self) -> usize {
+        REQUEST_LEN
+    }
+
+    fn parse(&mut self, header: &[u8]) -> ClientFrame {
+        let Ok(bytes) = <&[u8; REQUEST_LEN]>::try_from(header) else {
+            return ClientFrame::Violation(format!(
+                "request header of {} bytes instead of {REQUEST_LEN}",
+                header.len()
+            ));
+        };
+        match RequestHeader::decode(bytes) {
+            Ok(header) if header.command == proto::NBD_CMD_DISC => ClientFrame::Disconnect,
+            Ok(header) => ClientFrame::Request(self.request(&header)),
+            Err(magic) => ClientFrame::Violation(format!(
+                "request begins with {magic:#010x} instead of {:#010x}; the client has lost its place",
+                proto::NBD_REQUEST_MAGIC
+            )),
+        }
+    }
+
+    fn reply(&mut self, handle: u64, op: FrontOp, result: Result<(), ClientError>, out: &mut Vec<u8>) {
+        let error = result.err().map(|error| match (error, op) {
+            // On a read-only export every write is refused for this one reason.
+            (ClientError::Invalid, FrontOp::Write | FrontOp::Trim | FrontOp::WriteZeroes)
+                if self.read_only =>
+            {
+                NbdErrno::Perm
+            }
+            (error, _) => NbdErrno::of(error),
+        });
+        out.extend_from_slice(&proto::encode_simple_reply(error, handle));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::proto::*;
+
+    const SIZE: u64 = 1 << 30;
+
+    fn session() -> Session {
+        Session::new(&ExportInfo::new("vol0", SIZE))
+    }
+
+    fn parse(session: &mut Session, command: u16, flags: u16, offset: u64, len: u32) -> FrontRequest {
+        let header = RequestHeader { flags, command, handle: 42, offset, len };
+        match session.parse(&header.encode()) {
+            ClientFrame::Request(request) => request,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn error(command: u16, flags: u16, offset: u64, len: u32) -> Option<ClientError> {
+        parse(&mut session(), command, flags, offset, len).error
+    }
+
+    #[test]
+    fn requests_inside_the_export_pass_at_any_alignment() {
+        for command in [NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES] {
+            for flags in [0, NBD_CMD_FLAG_FUA] {
+                assert_eq!(error(command, flags, 0, 1), None);
+                assert_eq!(error(command, flags, 513, 4097), None);
+                assert_eq!(error(command, flags, SIZE - 1, 1), None);
+                assert_eq!(error(command, flags, 0, PAYLOAD_MAX_DEFAULT), None);
+            }
+        }
+        let request = parse(&mut session(), NBD_CMD_WRITE, NBD_CMD_FLAG_FUA, 4096, 512);
+        let expected =
+            FrontRequest { handle: 42, op: FrontOp::Write, offset: 4096, len: 512, fua: true, error: None };
+        assert_eq!(request, expected);
+        assert_eq!(error(NBD_CMD_WRITE_ZEROES, NBD_CMD_FLAG_NO_HOLE, 0, 4096), None);
+        assert_eq!(error(NBD_CMD_FLUSH, NBD_CMD_FLAG_FUA, 0, 0), None);
+    }
+
+    #[test]
+    fn past_the_end_is_einval_for_reads_and_trims_and_enospc_for_writes() {
+        let cases = [
+            (NBD_CMD_READ, ClientError::Invalid),
+            (NBD_CMD_TRIM, ClientError::Invalid),
+            (NBD_CMD_WRITE, ClientError::NoSpace),
+            (NBD_CMD_WRITE_ZEROES, ClientError::NoSpace),
+        ];
+        for (command, expected) in cases {
+            for (offset, len) in [(SIZE, 1), (SIZE - 1, 2), (u64::MAX, 1), (u64::MAX - 4095, 4096)] {
+                assert_eq!(error(command, 0, offset, len), Some(expected), "command {command} at {offset}");
+            }
+        }
+    }
+
+    #[test]
+    fn unknown_commands_and_flags_are_refused_and_the_session_goes_on() {
+        for command in [5, 7, 8, 9, 255, u16::MAX] {
+            let request = parse(&mut session(), command, 0, 0, 4096);
+            assert_eq!(request.error, Some(ClientError::Invalid));
+            assert_eq!((request.op, request.len), (FrontOp::Flush, 0), "nothing may be drained");
+        }
+        for flags in [1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 15] {
+            for command in [NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_FLUSH] {
+                assert_eq!(error(command, flags, 0, 0), Some(ClientError::Invalid));
+            }
+        }
+        assert_eq!(error(NBD_CMD_WRITE_ZEROES, 1 << 4, 0, 4096), Some(ClientError::Invalid));
+    }
+
+    #[test]
+    fn an_oversized_write_is_refused_with_its_payload_to_drain() {
+        let request = parse(&mut session(), NBD_CMD_WRITE, 0, 0, PAYLOAD_MAX_DEFAULT + 1);
+        assert_eq!(request.error, Some(ClientError::Invalid));
+        assert_eq!((request.op, request.len), (FrontOp::Write, PAYLOAD_MAX_DEFAULT + 1));
+        assert_eq!(error(NBD_CMD_READ, 0, 0, u32::MAX), Some(ClientError::Invalid));
+        // No payload, no limit but the export's end.
+        assert_eq!(error(NBD_CMD_TRIM, 0, 0, 1 << 30), None);
+        assert_eq!(error(NBD_CMD_WRITE_ZEROES, 0, 0, 1 << 30), None);
+    }
+
+    #[test]
+    fn empty_requests_and_flushes_with_a_range_are_refused() {
+        for command in [NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES] {
+            assert_eq!(error(command, 0, 0, 0), Some(ClientError::Invalid));
+        }
+        assert_eq!(error(NBD_CMD_FLUSH, 0, 4096, 0), Some(ClientError::Invalid));
+        assert_eq!(error(NBD_CMD_FLUSH, 0, 0, 4096), Some(ClientError::Invalid));
+    }
+
+    #[test]
+    fn a_read_only_export_answers_writes_with_eperm() {
+        let mut session = Session::new(&ExportInfo { read_only: true, ..ExportInfo::new("vol0", SIZE) });
+        for command in [NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES] {
+            let request = parse(&mut session, command, 0, 0, 4096);
+            let mut out = Vec::new();
+            session.reply(request.handle, request.op, Err(request.error.unwrap()), &mut out);
+            let reply = decode_simple_reply(out.as_slice().try_into().unwrap());
+            assert_eq!(reply, Ok((Some(NbdErrno::Perm), 42)));
+        }
+        assert_eq!(parse(&mut session, NBD_CMD_READ, 0, 0, 4096).error, None);
+    }
+
+    #[test]
+    fn a_smallest_block_that_was_announced_is_enforced() {
+        let mut session = Session::new(&ExportInfo { min_block: 512, ..ExportInfo::new("vol0", SIZE) });
+        assert_eq!(parse(&mut session, NBD_CMD_READ, 0, 512, 1024).error, None);
+        assert_eq!(parse(&mut session, NBD_CMD_READ, 0, 1, 512).error, Some(ClientError::Invalid));
+        assert_eq!(parse(&mut session, NBD_CMD_WRITE, 0, 0, 513).error, Some(ClientError::Invalid));
+    }
+
+    #[test]
+    fn disc_disconnects_and_a_wrong_magic_is_a_violation() {
+        let mut session = session();
+        let disc = RequestHeader { flags: 0, command: NBD_CMD_DISC, handle: 0, offset: 0, len: 0 };
+        assert_eq!(session.parse(&disc.encode()), ClientFrame::Disconnect);
+        assert!(matches!(session.parse(&[0; REQUEST_LEN]), ClientFrame::Violation(_)));
+        assert!(matches!(session.parse(&[0; 5]), ClientFrame::Violation(_)));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_header_what_passes_lies_within_the_export(
+            flags in any::<u16>(), command in 0u16..9, handle in any::<u64>(),
+            offset in prop_oneof![any::<u64>(), 0..SIZE + 8192], len in prop_oneof![any::<u32>(), 0u32..8192],
+        ) {
+            let mut session = session();
+            let header = RequestHeader { flags, command, handle, offset, len };
+            if let ClientFrame::Request(request) = session.parse(&header.encode()) {
+                prop_assert_eq!(request.handle, handle);
+                prop_assert_eq!(request.op == FrontOp::Write, command == NBD_CMD_WRITE);
+                if request.error.is_none() {
+                    prop_assert!(request.offset + u64::from(request.len) <= SIZE);
+                    prop_assert!(request.len > 0 || request.op == FrontOp::Flush);
+                }
+                if request.op == FrontOp::Write {
+                    prop_assert_eq!(request.len, len, "a write's payload always has the header's length");
+                }
+            } else {
+                prop_assert_eq!(command, NBD_CMD_DISC);
+            }
+        }
+
+        #[test]
+        fn random_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+            let _ = session().parse(&bytes);
+        }
+    }
+}
