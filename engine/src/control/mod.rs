@@ -1,1 +1,26 @@
-//! control
+//! The control plane: a small Raft group that decides who is primary and who is in sync. Block data never
+//! goes through it.
+//!
+//! - [`state`], [`command`], [`apply`]: the replicated state machine, pure;
+//! - [`lease`], [`failover`]: leases and who gets promoted, pure, time is passed in;
+//! - [`codec`]: the one envelope of everything on disk and on the wire.
+//!
+//! What is pure here also runs in the simulator; there is no second implementation. openraft's types and
+//! redb's stay within this folder.
+
+pub mod apply;
+pub mod codec;
+pub mod command;
+pub mod failover;
+#[cfg(test)]
+mod failover_tests;
+#[cfg(test)]
+mod fixture;
+pub mod lease;
+pub mod state;
+
+pub use apply::{apply, apply_under};
+pub use command::{Applied, ClusterOp, Command, Leadership, Prepared, RequestId};
+pub use failover::{Decisions, Failover, NodeReport, Reports, VolumeReport};
+pub use lease::{Grant, LeaseSnapshot, LeaseTable, LeaseView, NodeLease};
+pub use state::{ClusterState, NodeAddrs, NodeKind, NodeRecord, StoreId, VolumeRecord};

@@ -1,0 +1,83 @@
+//! Applies a command to the cluster state. Pure: the same state, index and command give the same result
+//! on every node and in the simulator.
+//!
+//! A command takes effect whole or not at all; a refusal is a value with a reason. Every change of a
+//! volume counts its epoch up by one; a change of primary sets the reign to the new epoch. The volume
+//! rules stand in [`volumes`], the node rules in [`nodes`].
+
+mod nodes;
+#[cfg(test)]
+mod tests;
+mod volumes;
+
+use crate::types::{Epoch, LogIndex};
+
+use super::command::{Applied, ClusterOp, Command, Leadership};
+use super::state::{ClusterState, REQUESTS_REMEMBERED_MAX};
+
+/// Reason of a refusal.
+type Refusal = String;
+/// The epoch after the change, for commands about a volume that still exists.
+type Effect = Result<Option<Epoch>, Refusal>;
+
+/// Applies one committed command. Returns the remembered result if this request was applied before.
+pub fn apply(state: &mut ClusterState, index: LogIndex, command: Command) -> Applied {
+    state.applied = index;
+    let request = command.request;
+    let known = state.recent.get(&request.node).and_then(|r| r.iter().find(|(id, _)| *id == request));
+    if let Some((_, applied)) = known {
+        return applied.clone();
+    }
+    let applied = match apply_op(state, index, command.op) {
+        Ok(epoch) => Applied::Done { index, epoch },
+        Err(reason) => Applied::Refused(reason),
+    };
+    debug_assert_eq!(state.check(), Ok(()), "a command broke an invariant of the cluster state");
+    remember(state, command.request, applied.clone());
+    applied
+}
+
+/// Applies one committed command written under `leadership`. `None` if the command was judged under
+/// another one: it has no effect, and because nothing is remembered its request may be tried again [R1].
+pub fn apply_under(
+    state: &mut ClusterState,
+    index: LogIndex,
+    leadership: Leadership,
+    command: Command,
+) -> Option<Applied> {
+    if command.only_under.is_some_and(|wanted| wanted != leadership) {
+        state.applied = index;
+        return None;
+    }
+    Some(apply(state, index, command))
+}
+
+fn remember(state: &mut ClusterState, request: super::command::RequestId, applied: Applied) {
+    // Only nodes of the cluster leave a trace, so that the memory is bounded. The very first command
+    // makes its own node one.
+    if !state.nodes.contains_key(&request.node) {
+        state.recent.remove(&request.node);
+        return;
+    }
+    let results = state.recent.entry(request.node).or_default();
+    if results.len() >= REQUESTS_REMEMBERED_MAX {
+        results.pop_front();
+    }
+    results.push_back((request, applied));
+}
+
+fn apply_op(state: &mut ClusterState, index: LogIndex, op: ClusterOp) -> Effect {
+    if !matches!(op, ClusterOp::InitCluster { .. }) && state.cluster.is_none() {
+        return Err("the cluster is not initialised yet; wait until its founders have met".into());
+    }
+    match op {
+        ClusterOp::InitCluster { cluster, lease, nodes } => nodes::init_cluster(state, cluster, lease, nodes),
+        ClusterOp::Register { node, incarnation, os_boot, addrs } => {
+            nodes::register(state, node, incarnation, os_boot, addrs)
+        }
+        ClusterOp::AddNode(record) => nodes::add(state, record),
+        ClusterOp::RemoveNode { node } => nodes::remove(state, node),
+        ClusterOp::SetLease { lease } => nodes::set_lease(state, lease),
+        op => volumes::apply(state, index, op),
+    }
+}

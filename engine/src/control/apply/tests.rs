@@ -1,0 +1,357 @@
+//! Tests of the apply rules, one per rule, and random command sequences.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use crate::types::{
+    Epoch, Geometry, Incarnation, LineageFork, LineageId, LogIndex, Member, NodeId, ProposalKind, Reign,
+    VolumeSettings,
+};
+
+use super::super::command::{Applied, ClusterOp, Command, Leadership, Prepared, RequestId};
+use super::super::fixture::{Cluster, VOL, member, record};
+use super::super::state::{ClusterState, NodeKind};
+use super::{apply, apply_under};
+
+#[test]
+fn r2_r10_only_a_newer_run_registers() {
+    let mut c = Cluster::pair();
+    c.register(2, 2);
+    // The same again is a retry.
+    c.register(2, 2);
+    let why = c.refused(Cluster::registration(member(2, 1)));
+    assert!(why.contains("rolled back"), "{why}");
+    let mut twin = member(2, 2);
+    twin.incarnation.nonce += 1;
+    c.refused(Cluster::registration(twin));
+    assert_eq!(c.state.newest(NodeId(2)), Some(member(2, 2).incarnation));
+    c.refused(Cluster::registration(member(9, 1)));
+}
+
+#[test]
+fn every_change_counts_the_epoch_and_only_a_new_primary_begins_a_reign() {
+    let mut c = Cluster::pair();
+    assert_eq!((c.vol().epoch, c.vol().reign), (Epoch(2), Reign(1)));
+    c.propose_ok(member(1, 1), ProposalKind::Bump);
+    assert_eq!((c.vol().epoch, c.vol().reign), (Epoch(3), Reign(1)));
+    c.propose_ok(member(1, 1), ProposalKind::Move(member(2, 1)));
+    assert_eq!((c.vol().epoch, c.vol().reign), (Epoch(4), Reign(4)));
+    assert_eq!(c.vol().primary, Some(member(2, 1)));
+    c.propose_ok(member(2, 1), ProposalKind::Demote);
+    assert_eq!((c.vol().epoch, c.vol().reign, c.vol().primary), (Epoch(5), Reign(4), None));
+    // The same member again: a new reign all the same.
+    let op = c.promote(member(2, 1), true);
+    c.must(op);
+    assert_eq!((c.vol().epoch, c.vol().reign), (Epoch(6), Reign(6)));
+    assert_eq!(c.vol().index, c.state.applied);
+}
+
+#[test]
+fn r18_a_bump_voids_every_proposal_that_expects_the_epoch_before() {
+    let mut c = Cluster::pair();
+    let delayed = c.proposal(member(1, 1), ProposalKind::Move(member(2, 1)));
+    c.propose_ok(member(1, 1), ProposalKind::Bump);
+    let why = c.refused(delayed);
+    assert!(why.contains("epoch 3") && why.contains("expects 2"), "{why}");
+    assert_eq!(c.vol().primary, Some(member(1, 1)));
+}
+
+#[test]
+fn r9_only_the_named_run_of_the_primary_changes_membership() {
+    let mut c = Cluster::pair();
+    c.propose_refused(member(2, 1), ProposalKind::Remove(member(1, 1)));
+    c.propose_refused(member(1, 2), ProposalKind::Remove(member(2, 1)));
+    // A promotion changes only the primary.
+    let before = c.vol().in_sync.clone();
+    let op = c.promote(member(2, 1), false);
+    c.must(op);
+    assert_eq!(c.vol().in_sync, before);
+    // The former primary's late removal of the new one finds itself refused.
+    c.propose_refused(member(1, 1), ProposalKind::Remove(member(2, 1)));
+    c.propose_refused(member(2, 1), ProposalKind::Remove(member(2, 1)));
+    c.propose_ok(member(2, 1), ProposalKind::Remove(member(1, 1)));
+    assert_eq!(c.vol().in_sync, [member(2, 1)]);
+}
+
+#[test]
+fn r2_a_proposal_of_a_run_that_was_replaced_is_refused() {
+    let mut c = Cluster::pair();
+    c.register(1, 2);
+    let why = c.propose_refused(member(1, 1), ProposalKind::Remove(member(2, 1)));
+    assert!(why.contains("runs as"), "{why}");
+}
+
+#[test]
+fn r10_a_join_names_the_newest_run_of_a_replica() {
+    let mut c = Cluster::new(&[1, 2]);
+    c.register(2, 2);
+    c.propose_refused(member(1, 1), ProposalKind::Join(member(2, 1)));
+    c.propose_refused(member(1, 1), ProposalKind::Join(member(3, 1)));
+    c.propose_ok(member(1, 1), ProposalKind::Join(member(2, 2)));
+    assert_eq!(c.vol().replica(NodeId(2)).unwrap().last_member, Some(member(2, 2).incarnation));
+    // In sync as an older run: that one goes first.
+    c.register(2, 3);
+    c.propose_refused(member(1, 1), ProposalKind::Join(member(2, 3)));
+    c.propose_refused(member(1, 1), ProposalKind::Move(member(2, 2)));
+    let op = c.promote(member(2, 2), false);
+    c.refused(op);
+}
+
+#[test]
+fn handing_over_leaves_the_set_and_moving_does_not() {
+    let mut c = Cluster::pair();
+    c.propose_ok(member(1, 1), ProposalKind::HandOver(member(2, 1)));
+    assert_eq!((c.vol().primary, c.vol().in_sync.clone()), (Some(member(2, 1)), vec![member(2, 1)]));
+}
+
+#[test]
+fn a_demoted_volume_gets_a_primary_from_an_operator_alone() {
+    let mut c = Cluster::pair();
+    c.propose_ok(member(1, 1), ProposalKind::Demote);
+    let op = c.promote(member(2, 1), false);
+    c.refused(op);
+    c.register(1, 2);
+    c.register(2, 2);
+    let op = c.promote_restarted(member(2, 2), false);
+    c.refused(op);
+    let op = c.promote_restarted(member(2, 2), true);
+    c.must(op);
+    assert!(!c.vol().demoted);
+}
+
+#[test]
+fn r6_a_restarted_member_takes_over_only_if_every_member_restarted() {
+    let mut c = Cluster::pair();
+    c.register(1, 2);
+    let op = c.promote_restarted(member(1, 2), false);
+    let why = c.refused(op);
+    assert!(why.contains("node 2"), "{why}");
+    c.register(2, 2);
+    let op = c.promote_restarted(member(2, 1), false);
+    c.refused(op);
+    let op = c.promote_restarted(member(2, 2), false);
+    c.must(op);
+    assert_eq!(c.vol().in_sync, [member(2, 2)]);
+    assert_eq!(c.vol().continued_from, [member(2, 1).incarnation]);
+    // Again, before it served: the chain grows; any other change ends it.
+    c.register(2, 3);
+    let op = c.promote_restarted(member(2, 3), false);
+    c.must(op);
+    assert_eq!(c.vol().continued_from.len(), 2);
+    c.propose_ok(member(2, 3), ProposalKind::Bump);
+    assert!(c.vol().continued_from.is_empty());
+}
+
+#[test]
+fn r17_a_force_forks_the_lineage_and_begins_a_reign() {
+    let mut c = Cluster::pair();
+    c.propose_ok(member(1, 1), ProposalKind::Remove(member(2, 1)));
+    let op = c.force(member(2, 1), 1, 2);
+    c.refused(op);
+    let op = c.force(member(2, 1), 2, 9);
+    c.refused(op);
+    let op = c.force(member(2, 1), 2, 2);
+    c.must(op);
+    let v = c.vol();
+    assert_eq!(v.history, [LineageFork { lineage: LineageId(1), fork_epoch: Epoch(2) }]);
+    assert_eq!((v.lineage, v.in_sync.clone()), (LineageId(2), vec![member(2, 1)]));
+    assert_eq!(v.reign.0, v.epoch.0);
+    let op = c.force(member(2, 1), 1, 2);
+    c.refused(op);
+    // Onto the primary itself.
+    let op = c.force(member(2, 1), 3, 4);
+    c.must(op);
+    assert_eq!(c.vol().reign.0, c.vol().epoch.0);
+}
+
+#[test]
+fn r25_a_resize_only_grows_and_needs_every_member_ready() {
+    let mut c = Cluster::pair();
+    let op = |c: &Cluster, size, prepared: &[(Member, u64)]| ClusterOp::Resize {
+        volume: VOL,
+        expected_epoch: c.epoch(),
+        size,
+        prepared: prepared.iter().map(|(member, size)| Prepared { member: *member, size: *size }).collect(),
+    };
+    let (a, b) = (member(1, 1), member(2, 1));
+    let bad = [
+        op(&c, 1 << 20, &[(a, 1 << 30), (b, 1 << 30)]),
+        op(&c, 2 << 20, &[(a, 2 << 20)]),
+        op(&c, 2 << 20, &[(a, 2 << 20), (b, 1 << 20)]),
+        op(&c, 2 << 20, &[(a, 2 << 20), (member(2, 2), 2 << 20)]),
+        op(&c, (2 << 20) + 1, &[(a, 4 << 20), (b, 4 << 20)]),
+    ];
+    for op in bad {
+        c.refused(op);
+    }
+    let good = op(&c, 2 << 20, &[(a, 2 << 20), (b, 3 << 20)]);
+    c.must(good);
+    assert_eq!((c.vol().geometry.size(), c.vol().epoch, c.vol().reign), (2 << 20, Epoch(3), Reign(1)));
+}
+
+#[test]
+fn a_retried_request_gets_its_result_and_has_no_second_effect() {
+    let mut c = Cluster::pair();
+    let request =
+        RequestId { node: NodeId(1), incarnation: member(1, 1).incarnation, volume: Some(VOL), number: 5 };
+    let bump = c.proposal(member(1, 1), ProposalKind::Bump);
+    let first = c.apply_as(request, bump.clone());
+    let epoch = c.epoch();
+    assert_eq!(c.apply_as(request, bump.clone()), first);
+    assert_eq!(c.epoch(), epoch);
+    let refused = RequestId { number: 6, ..request };
+    let why = c.apply_as(refused, bump.clone());
+    assert!(matches!(why, Applied::Refused(_)));
+    assert_eq!(c.apply_as(refused, bump), why);
+    // The memory is bounded.
+    for _ in 0..200 {
+        c.propose_ok(member(1, 1), ProposalKind::Bump);
+    }
+    assert!(c.state.recent.values().all(|r| r.len() <= super::REQUESTS_REMEMBERED_MAX));
+}
+
+#[test]
+fn r1_what_was_judged_under_another_leadership_has_no_effect_and_may_be_tried_again() {
+    let mut c = Cluster::pair();
+    let [mine, other] = [3, 4].map(|term| Leadership { term, node: NodeId(3) });
+    let request = RequestId { node: NodeId(3), incarnation: Incarnation::default(), volume: None, number: 1 };
+    let op = c.promote(member(2, 1), false);
+    let command = Command { request, only_under: Some(mine), op };
+    let index = LogIndex(100);
+    assert_eq!(apply_under(&mut c.state, index, other, command.clone()), None);
+    assert_eq!((c.vol().primary, c.state.applied), (Some(member(1, 1)), index));
+    assert!(apply_under(&mut c.state, LogIndex(101), mine, command).unwrap().is_done());
+    assert_eq!(c.vol().primary, Some(member(2, 1)));
+}
+
+#[test]
+fn r13_a_node_id_is_not_given_twice() {
+    let mut c = Cluster::new(&[1, 2]);
+    let why = c.refused(ClusterOp::AddNode(record(2, NodeKind::Data)));
+    assert!(why.contains("exists with store"), "{why}");
+    c.refused(ClusterOp::RemoveNode { node: NodeId(2) });
+    let epoch = c.epoch();
+    c.refused(ClusterOp::RemoveReplica { volume: VOL, expected_epoch: epoch, node: NodeId(1) });
+    c.must(ClusterOp::RemoveReplica { volume: VOL, expected_epoch: epoch, node: NodeId(2) });
+    c.must(ClusterOp::RemoveNode { node: NodeId(2) });
+    let why = c.refused(ClusterOp::AddNode(record(2, NodeKind::Data)));
+    assert!(why.contains("never reused"), "{why}");
+    c.must(ClusterOp::AddNode(record(4, NodeKind::Data)));
+    let epoch = c.epoch();
+    c.must(ClusterOp::AddReplica { volume: VOL, expected_epoch: epoch, node: NodeId(4) });
+    // The slot of the removed replica stays used.
+    assert_eq!(c.vol().replica(NodeId(4)).unwrap().slot.0, 2);
+}
+
+#[test]
+fn names_sizes_and_leases_are_checked() {
+    let mut c = Cluster::new(&[1, 2]);
+    let create = |name: &str, id, first: Member| ClusterOp::CreateVolume {
+        id: crate::types::VolumeId(id),
+        name: name.into(),
+        geometry: Geometry::new(1 << 20, 4096, 65536).unwrap(),
+        settings: VolumeSettings::default(),
+        replicas: vec![NodeId(1), NodeId(2)],
+        first,
+        lineage: LineageId(5),
+    };
+    c.refused(create("vol0", 8, member(1, 1)));
+    c.refused(create("", 8, member(1, 1)));
+    c.refused(create("a/b", 8, member(1, 1)));
+    c.refused(create("vol1", 7, member(1, 1)));
+    c.refused(create("vol1", 8, member(1, 2)));
+    c.refused(create("vol1", 8, member(3, 1)));
+    c.must(create("vol1", 8, member(2, 1)));
+    c.refused(ClusterOp::SetLease { lease: Duration::from_millis(1) });
+    c.must(ClusterOp::SetLease { lease: Duration::from_secs(9) });
+    c.must(ClusterOp::SetLease { lease: Duration::from_secs(1) });
+    assert_eq!(c.state.lease_longest, Duration::from_secs(9));
+}
+
+#[test]
+fn nothing_happens_before_the_cluster_is_initialised() {
+    let mut state = ClusterState::default();
+    let request = RequestId { node: NodeId(1), incarnation: Incarnation::default(), volume: None, number: 1 };
+    let op = Cluster::registration(member(1, 1));
+    let applied = apply(&mut state, LogIndex(1), Command { request, only_under: None, op });
+    assert!(matches!(applied, Applied::Refused(_)));
+}
+
+/// A random step; members are drawn from few nodes and runs so that many hit.
+#[derive(Clone, Debug)]
+enum Step {
+    Register(u64, u64),
+    Propose(Member, ProposalKind),
+    Promote(Member, bool),
+    Restarted(Member, bool),
+    Force(Member, u64),
+    Replica(u64, bool),
+}
+
+fn members() -> impl Strategy<Value = Member> {
+    (1u64..5, 1u64..4).prop_map(|(node, boot)| member(node, boot))
+}
+
+fn steps() -> impl Strategy<Value = Step> {
+    let kind = prop_oneof![
+        members().prop_map(ProposalKind::Remove),
+        members().prop_map(ProposalKind::Join),
+        members().prop_map(ProposalKind::Move),
+        members().prop_map(ProposalKind::HandOver),
+        Just(ProposalKind::Demote),
+        Just(ProposalKind::Bump),
+    ];
+    prop_oneof![
+        1 => (1u64..5, 1u64..4).prop_map(|(n, b)| Step::Register(n, b)),
+        6 => (members(), kind).prop_map(|(by, kind)| Step::Propose(by, kind)),
+        2 => (members(), any::<bool>()).prop_map(|(m, o)| Step::Promote(m, o)),
+        2 => (members(), any::<bool>()).prop_map(|(m, o)| Step::Restarted(m, o)),
+        1 => (members(), 0u64..4).prop_map(|(m, e)| Step::Force(m, e)),
+        1 => (1u64..6, any::<bool>()).prop_map(|(n, add)| Step::Replica(n, add)),
+    ]
+}
+
+fn op_of(c: &mut Cluster, step: &Step, lineage: u128) -> ClusterOp {
+    let (volume, expected_epoch) = (VOL, c.epoch());
+    match *step {
+        Step::Register(node, boot) => Cluster::registration(member(node, boot)),
+        // Half of the time the right proposer, whoever was drawn.
+        Step::Propose(by, kind) => {
+            let by = c.vol().primary.filter(|_| by.incarnation.boot > 1).unwrap_or(by);
+            c.proposal(by, kind)
+        }
+        Step::Promote(to, operator) => c.promote(to, operator),
+        Step::Restarted(to, operator) => c.promote_restarted(to, operator),
+        Step::Force(to, fork) => c.force(to, lineage, fork),
+        Step::Replica(node, true) => ClusterOp::AddReplica { volume, expected_epoch, node: NodeId(node) },
+        Step::Replica(node, false) => ClusterOp::RemoveReplica { volume, expected_epoch, node: NodeId(node) },
+    }
+}
+
+proptest! {
+    #[test]
+    fn random_commands_keep_the_invariants(steps in proptest::collection::vec(steps(), 1..80)) {
+        let mut c = Cluster::new(&[1, 2, 4]);
+        for (lineage, step) in (100u128..).zip(&steps) {
+            let before = c.vol().clone();
+            let op = op_of(&mut c, step, lineage);
+            let about_volume = !matches!(op, ClusterOp::Register { .. });
+            let done = c.apply(op).is_done();
+            let v = c.vol();
+            prop_assert_eq!(c.state.check(), Ok(()));
+            prop_assert_eq!(v.epoch.0, before.epoch.0 + u64::from(done && about_volume));
+            prop_assert!(v.reign >= before.reign);
+            if v.primary.is_some() && v.primary != before.primary {
+                prop_assert_eq!(v.reign.0, v.epoch.0);
+            }
+            if v.primary == before.primary && v.lineage == before.lineage {
+                prop_assert_eq!(v.reign, before.reign);
+            }
+            // [R9]: nobody but a proposal, a restart or a force changes membership.
+            if matches!(step, Step::Promote(..) | Step::Register(..) | Step::Replica(..)) {
+                prop_assert_eq!(&v.in_sync, &before.in_sync);
+            }
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! The cluster state: what the Raft group agrees on, and nothing else.
+//!
+//! Plain data and look-ups. It changes only through [`apply`](super::apply::apply); it never reads a
+//! clock, draws a number or does I/O. Invariants (see [`ClusterState::check`]): epochs only grow, a
+//! volume's primary is in its in-sync set, the in-sync set is never empty and lies within the replicas,
+//! `reign <= epoch`, and a volume has no primary exactly if it is demoted.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::{
+    ClusterId, ConfigView, Epoch, Geometry, Incarnation, LineageFork, LineageId, LogIndex, Member, NodeId,
+    Reign, ReplicaSlot, ReplicaView, SlotSet, VolumeId, VolumeSettings,
+};
+
+use super::command::{Applied, RequestId};
+
+/// Most nodes of a cluster.
+pub const NODES_MAX: usize = 16;
+/// Most volumes of a cluster.
+pub const VOLUMES_MAX: usize = 64;
+/// Longest name of a node or volume, in bytes.
+pub const NAME_LEN_MAX: usize = 64;
+/// Longest address text, in bytes.
+pub const ADDR_LEN_MAX: usize = 256;
+/// Shortest lease that can be set.
+pub const LEASE_MIN: Duration = Duration::from_millis(100);
+/// Longest lease that can be set.
+pub const LEASE_MAX: Duration = Duration::from_secs(60);
+/// Results remembered per node so that a retried request has no second effect.
+pub const REQUESTS_REMEMBERED_MAX: usize = 64;
+
+/// Identity of a node's Raft state on disk, minted once when it is created. A node that lost its disk has
+/// another one and is refused until it is added as a new node [R13].
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+pub struct StoreId(pub u128);
+
+impl fmt::Display for StoreId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl fmt::Debug for StoreId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "StoreId({:032x})", self.0)
+    }
+}
+
+impl std::str::FromStr for StoreId {
+    type Err = std::num::ParseIntError;
+
+    /// Reads 32 hexadecimal digits; dashes are ignored.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        u128::from_str_radix(&text.replace('-', ""), 16).map(Self)
+    }
+}
+
+/// What a node is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NodeKind {
+    /// Holds replicas.
+    Data,
+    /// Only votes.
+    Witness,
+}
+
+/// Where a node is reached.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NodeAddrs {
+    /// Control plane, `host:port`.
+    pub control: String,
+    /// Peer protocol, `host:port`; empty for a witness.
+    pub peer: String,
+    /// NBD, shown to clients; empty for a witness.
+    pub nbd: String,
+}
+
+/// One node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// Its id.
+    pub id: NodeId,
+    /// Its name, unique in the cluster.
+    pub name: String,
+    /// What it is for.
+    pub kind: NodeKind,
+    /// Where it is reached.
+    pub addrs: NodeAddrs,
+    /// Identity of its Raft state [R13].
+    pub store: StoreId,
+    /// The newest run of its process that registered; `None` before the first [R2, R10].
+    pub incarnation: Option<Incarnation>,
+    /// Hash of the operating system's boot id in that run.
+    pub os_boot: u128,
+}
+
+/// One volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRecord {
+    /// Its id, never reused.
+    pub id: VolumeId,
+    /// Its name, unique in the cluster.
+    pub name: String,
+    /// Sizes.
+    pub geometry: Geometry,
+    /// Settings of the replication core.
+    pub settings: VolumeSettings,
+    /// All replicas, sorted by node.
+    pub replicas: Vec<ReplicaView>,
+    /// Slots that were ever given out; none is given out twice.
+    pub slots_used: SlotSet,
+    /// Number of committed changes.
+    pub epoch: Epoch,
+    /// Epoch at which the current primary took over.
+    pub reign: Reign,
+    /// Who serves.
+    pub primary: Option<Member>,
+    /// Who served last; equals `primary` while there is one. Only a tie-break when every member
+    /// restarted [R6].
+    pub primary_last: Option<Member>,
+    /// An operator took the primary role away; only an operator gives it again.
+    pub demoted: bool,
+    /// Who holds every acknowledged write; sorted by node, never empty.
+    pub in_sync: Vec<Member>,
+    /// Earlier incarnations of the sole member that were named before it and from which its content
+    /// continues, because each was promoted after a restart. Empty otherwise [R6].
+    pub continued_from: Vec<Incarnation>,
+    /// Current lineage.
+    pub lineage: LineageId,
+    /// Lineages before it, oldest first.
+    pub history: Vec<LineageFork>,
+    /// Log index of the last change.
+    pub index: LogIndex,
+}
+
+impl VolumeRecord {
+    /// The named member on `node`, if it is in the in-sync set.
+    #[must_use]
+    pub fn member(&self, node: NodeId) -> Option<Member> {
+        self.in_sync.iter().copied().find(|m| m.node == node)
+    }
+
+    /// The replica on `node`.
+    #[must_use]
+    pub fn replica(&self, node: NodeId) -> Option<&ReplicaView> {
+        self.replicas.iter().find(|r| r.node == node)
+    }
+
+    /// The lowest slot that was never given out.
+    #[must_use]
+    pub fn free_slot(&self) -> Option<ReplicaSlot> {
+        (0..8u8).map(ReplicaSlot).find(|slot| !self.slots_used.contains(*slot))
+    }
+
+    fn view(&self, cluster: ClusterId) -> ConfigView {
+        ConfigView {
+            index: self.index,
+            cluster,
+            volume: self.id,
+            epoch: self.epoch,
+            reign: self.reign,
+            primary: self.primary,
+            in_sync: self.in_sync.clone(),
+            replicas: self.replicas.clone(),
+            lineage: self.lineage,
+            history: self.history.clone(),
+            geometry: self.geometry,
+            settings: self.settings,
+        }
+    }
+}
+
+/// The Raft state machine's state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterState {
+    /// The cluster; `None` before it is initialised.
+    pub cluster: Option<ClusterId>,
+    /// Length of the leases that the leader grants.
+    pub lease: Duration,
+    /// The longest lease that was ever committed: what a new leader waits for [R1].
+    pub lease_longest: Duration,
+    /// Nodes.
+    pub nodes: BTreeMap<NodeId, NodeRecord>,
+    /// Ids of removed nodes; an id is never reused [R13].
+    pub retired: BTreeSet<NodeId>,
+    /// Volumes.
+    pub volumes: BTreeMap<VolumeId, VolumeRecord>,
+    /// Index of the last entry applied, of any kind.
+    pub applied: LogIndex,
+    /// Results of recent requests by origin, oldest first, at most [`REQUESTS_REMEMBERED_MAX`] each.
+    pub recent: BTreeMap<NodeId, VecDeque<(RequestId, Applied)>>,
+}
+
+/// Length of the leases of a new cluster.
+pub const LEASE_DEFAULT: Duration = Duration::from_millis(1500);
+
+impl Default for ClusterState {
+    fn default() -> Self {
+        Self {
+            cluster: None,
+            lease: LEASE_DEFAULT,
+            lease_longest: LEASE_DEFAULT,
+            nodes: BTreeMap::new(),
+            retired: BTreeSet::new(),
+            volumes: BTreeMap::new(),
+            applied: LogIndex(0),
+            recent: BTreeMap::new(),
+        }
+    }
+}
+
+impl ClusterState {
+    /// The config of a volume as the replication core sees it.
+    #[must_use]
+    pub fn config_view(&self, volume: VolumeId) -> Option<ConfigView> {
+        Some(self.volumes.get(&volume)?.view(self.cluster?))
+    }
+
+    /// The volume with this name.
+    #[must_use]
+    pub fn volume_by_name(&self, name: &str) -> Option<&VolumeRecord> {
+        self.volumes.values().find(|v| v.name == name)
+    }
+
+    /// The node with this name.
+    #[must_use]
+    pub fn node_by_name(&self, name: &str) -> Option<&NodeRecord> {
+        self.nodes.values().find(|n| n.name == name)
+    }
+
+    /// The newest registered incarnation of a node.
+    #[must_use]
+    pub fn newest(&self, node: NodeId) -> Option<Incarnation> {
+        self.nodes.get(&node)?.incarnation
+    }
+
+    /// True if `member` is the newest registered run of its node.
+    #[must_use]
+    pub fn is_newest(&self, member: Member) -> bool {
+        self.newest(member.node) == Some(member.incarnation)
+    }
+
+    /// True if a newer run than `member` registered for its node, so that `member` is over for good.
+    #[must_use]
+    pub fn has_restarted(&self, member: Member) -> bool {
+        self.newest(member.node).is_some_and(|newest| newest.boot > member.incarnation.boot)
+    }
+
+    /// Checks the invariants of the head comment. For states that arrive from outside (snapshots, disk)
+    /// and for tests.
+    ///
+    /// # Errors
+    /// Names the first invariant that is broken.
+    pub fn check(&self) -> Result<(), String> {
+        for (id, node) in &self.nodes {
+            if *id != node.id {
+                return Err(format!("record of {} stands under {id}", node.id));
+            }
+        }
+        self.volumes.iter().try_for_each(|(id, volume)| {
+            let broken = Self::check_volume(volume);
+            let broken = if *id == volume.id { broken } else { Some("it stands under another id") };
+            broken.map_or(Ok(()), |what| Err(format!("volume {id}: {what}")))
+        })
+    }
+
+    fn check_volume(v: &VolumeRecord) -> Option<&'static str> {
+        let g = v.geometry;
+        // A geometry that came in through serde has not passed its constructor.
+        if Geometry::new(g.size(), g.block_size(), g.region_size()).is_err() {
+            return Some("its geometry breaks the rules");
+        }
+        if v.replicas.iter().any(|r| usize::from(r.slot.0) >= crate::types::REPLICAS_MAX) {
+            return Some("a replica slot is out of range");
+        }
+        if v.in_sync.is_empty() {
+            return Some("the in-sync set is empty");
+        }
+        if !v.in_sync.is_sorted_by(|a, b| a.node < b.node) || !v.replicas.is_sorted_by(|a, b| a.node < b.node)
+        {
+            return Some("members or replicas are not sorted by node, or doubled");
+        }
+        if v.in_sync.iter().any(|m| v.replica(m.node).is_none()) {
+            return Some("a member is not a replica");
+        }
+        if v.primary.is_some_and(|p| !v.in_sync.contains(&p)) {
+            return Some("the primary is not in the in-sync set");
+        }
+        if v.primary.is_none() != v.demoted {
+            return Some("a volume has no primary exactly if it is demoted");
+        }
+        if v.reign.0 > v.epoch.0 {
+            return Some("the reign is above the epoch");
+        }
+        None
+    }
+}
