@@ -1,0 +1,529 @@
+//! Client connections: requests in, answers out.
+//!
+//! A connection is read one receive at a time; headers are parsed in place, a write's payload lands at
+//! its offset within whole blocks of an aligned buffer, answers gather and leave with one `sendmsg` per
+//! turn. Reading stops (back-pressure, never loss) while [`REQUESTS_MAX`] requests of the connection are
+//! unanswered or the volume's bound on client bytes is reached.
+//!
+//! Rules kept here: a client that has shut down is gone at once, and what it sent and nobody read is
+//! dropped; a connection that stays unread too long is closed [R24]; nothing of a closed connection is
+//! delivered afterwards [R23].
+//!
+//! Never does: deciding when or whether a request is answered (the core's), or speaking a protocol (a
+//! [`ClientProtocol`]'s).
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags};
+
+use crate::replica::{ClientError, ClientOp, ClientRequest, ConnId, Cookie, ReplyData};
+use crate::types::{ByteRange, Geometry, Nanos};
+use crate::wire::{BufId, Payload};
+
+use super::client::{ClientFrame, ClientProtocol, FrontOp, FrontRequest};
+use super::outgoing::{Message, Outgoing};
+use super::ring::{Io, Span, Token};
+use super::staging::{DIRECT_MIN, STAGING_LEN, Staging};
+
+/// Most requests of one connection that are not answered (and the answer sent); then it is not read.
+pub(super) const REQUESTS_MAX: u32 = 256;
+/// Most client connections of one volume; further ones are closed at once.
+pub(super) const CONNECTIONS_MAX: usize = 1024;
+/// Longest read or write in bytes.
+pub(super) const CLIENT_LEN_MAX: u32 = 32 << 20;
+/// A longer trim or write-zeroes is given to the core in pieces of this many bytes, one after the other.
+const ZERO_PIECE_LEN: u64 = 32 << 20;
+/// Longest header of a client protocol.
+const HEADER_LEN_MAX: usize = 4096;
+
+const _: () = assert!(HEADER_LEN_MAX * 2 <= STAGING_LEN);
+
+/// What a connection is in the middle of.
+enum State {
+    /// The next header.
+    Header,
+    /// A read or write that waits for its share of the client bytes.
+    Waiting(FrontRequest),
+    /// The payload of a write: `got` bytes of it are in `buf`.
+    Payload { request: FrontRequest, buf: BufId, got: usize },
+    /// The payload of a write that is refused: `left` bytes are still to be thrown away.
+    Draining { request: FrontRequest, left: usize },
+    /// The client said that it sends nothing more.
+    Finishing,
+}
+
+/// A request that the core has (or had a piece of).
+struct Request {
+    front: FrontRequest,
+    /// Client bytes reserved for it that no buffer carries yet (reads).
+    reserved: u64,
+    /// Of a long zero request: bytes after the piece that the core has.
+    rest: u64,
+}
+
+struct Connection {
+    socket: Rc<OwnedFd>,
+    protocol: Box<dyn ClientProtocol>,
+    name: String,
+    staging: Staging,
+    state: State,
+    receiving: bool,
+    outgoing: Outgoing,
+    requests: BTreeMap<Cookie, Request>,
+    /// Requests read whose answer is not yet sent whole.
+    unanswered: u32,
+    next_cookie: u64,
+    /// Since when it is not read.
+    unread_since: Option<Nanos>,
+}
+
+/// What a connection comes up with.
+#[derive(Debug)]
+pub(super) enum Next {
+    /// A request for the core.
+    Request(ClientRequest),
+    /// The connection is to be closed, for this reason.
+    Close(String),
+}
+
+/// All client connections of one volume.
+pub(super) struct Clients {
+    geometry: Geometry,
+    unread_max: Duration,
+    connections: BTreeMap<ConnId, Connection>,
+    next_conn: u64,
+    /// Connections that wait for client bytes, in the order in which they began to.
+    waiting: VecDeque<ConnId>,
+    /// Connections with something to send.
+    to_flush: BTreeSet<ConnId>,
+}
+
+impl Clients {
+    /// None yet. `unread_max`: how long a connection may stay unread.
+    pub(super) fn new(geometry: Geometry, unread_max: Duration) -> Self {
+        Self {
+            geometry,
+            unread_max,
+            connections: BTreeMap::new(),
+            next_conn: 1,
+            waiting: VecDeque::new(),
+            to_flush: BTreeSet::new(),
+        }
+    }
+
+    /// Connections whose client has shut down, by a look at the sockets themselves: what the ring will
+    /// report of them may not have been reaped yet [R24].
+    pub(super) fn gone(&self) -> Vec<ConnId> {
+        let watched = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        let mut fds: Vec<_> =
+            self.connections.values().map(|c| PollFd::new(&*c.socket, PollFlags::RDHUP)).collect();
+        let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+        if let Err(error) = rustix::event::poll(&mut fds, Some(&now)) {
+            tracing::warn!(%error, "poll of client connections failed");
+            return Vec::new();
+        }
+        let states = self.connections.keys().zip(&fds);
+        states.filter(|(_, fd)| fd.revents().intersects(watched)).map(|(id, _)| *id).collect()
+    }
+
+    /// Takes over a negotiated connection. `None` if there are too many.
+    pub(super) fn add(
+        &mut self,
+        io: &mut Io,
+        socket: OwnedFd,
+        protocol: Box<dyn ClientProtocol>,
+        name: String,
+    ) -> Option<ConnId> {
+        if self.connections.len() >= CONNECTIONS_MAX {
+            tracing::warn!(client = name, max = CONNECTIONS_MAX, "too many client connections: refused");
+            return None;
+        }
+        let conn = ConnId(self.next_conn);
+        self.next_conn += 1;
+        let socket = Rc::new(socket);
+        io.watch_shutdown(&socket, Token::ClientGone(conn));
+        let connection = Connection {
+            socket,
+            protocol,
+            name,
+            staging: Staging::new(&mut io.buffers),
+            state: State::Header,
+            receiving: false,
+            outgoing: Outgoing::new(),
+            requests: BTreeMap::new(),
+            unanswered: 0,
+            next_cookie: 1,
+            unread_since: None,
+        };
+        self.connections.insert(conn, connection);
+        Some(conn)
+    }
+
+    /// True while the connection is open.
+    pub(super) fn is_open(&self, conn: ConnId) -> bool {
+        self.connections.contains_key(&conn)
+    }
+
+    /// The open connections.
+    pub(super) fn all(&self) -> Vec<ConnId> {
+        self.connections.keys().copied().collect()
+    }
+
+    /// Closes a connection: what it sent is dropped, what it would be sent too. False if it is not open.
+    pub(super) fn close(&mut self, io: &mut Io, conn: ConnId, reason: &str) -> bool {
+        let Some(mut connection) = self.connections.remove(&conn) else { return false };
+        tracing::debug!(client = connection.name, reason, "client connection closed");
+        let buffers = &mut *io.buffers;
+        connection.outgoing.abandon(buffers);
+        if let State::Payload { buf, .. } = connection.state {
+            buffers.release(buf);
+        }
+        for request in connection.requests.values() {
+            buffers.unreserve(request.reserved);
+        }
+        connection.staging.release(buffers);
+        self.waiting.retain(|id| *id != conn);
+        self.to_flush.remove(&conn);
+        // Whatever the kernel has of this socket ends now; it may have failed already.
+        let _failed = rustix::net::shutdown(&*connection.socket, rustix::net::Shutdown::Both);
+        true
+    }
+
+    /// Takes what a receive brought. The caller then asks [`Self::next`].
+    ///
+    /// # Errors
+    /// The reason for which the connection is to be closed.
+    pub(super) fn received(&mut self, conn: ConnId, buf: BufId, result: i32) -> Result<(), String> {
+        let Some(connection) = self.connections.get_mut(&conn) else { return Ok(()) };
+        connection.receiving = false;
+        let len = match usize::try_from(result) {
+            Ok(0) => return Err("the client closed it".into()),
+            Ok(len) => len,
+            Err(_) if matches!(-result, libc::EINTR | libc::EAGAIN) => return Ok(()),
+            Err(_) => {
+                return Err(format!("receiving failed: {}", std::io::Error::from_raw_os_error(-result)));
+            }
+        };
+        if connection.staging.is(buf) {
+            connection.staging.filled(len);
+        } else if let State::Payload { got, .. } = &mut connection.state {
+            *got += len;
+        }
+        Ok(())
+    }
+
+    /// What the bytes received so far come to; `None` if more is needed or it must wait.
+    pub(super) fn next(&mut self, io: &mut Io, conn: ConnId) -> Option<Next> {
+        loop {
+            let connection = self.connections.get_mut(&conn)?;
+            match connection.state {
+                State::Header => {
+                    if connection.unanswered >= REQUESTS_MAX {
+                        return None;
+                    }
+                    match connection.parse(io)? {
+                        ClientFrame::Violation(text) => {
+                            tracing::warn!(client = connection.name, "client breaks the protocol: {text}");
+                            return Some(Next::Close(text));
+                        }
+                        ClientFrame::Disconnect => connection.state = State::Finishing,
+                        ClientFrame::Request(request) => {
+                            connection.unanswered += 1;
+                            if let Some(next) = self.begin(conn, request) {
+                                return Some(next);
+                            }
+                        }
+                    }
+                }
+                State::Waiting(request) => {
+                    if !self.admit(io, conn, request) {
+                        return None;
+                    }
+                    if request.op == FrontOp::Read {
+                        return self.start_read(conn, request);
+                    }
+                }
+                State::Payload { request, .. } => return self.go_on_with_payload(io, conn, request),
+                State::Draining { request, left } => {
+                    let now = left.min(connection.staging.len());
+                    connection.staging.consume(now);
+                    connection.state = State::Draining { request, left: left - now };
+                    if left > now {
+                        return None;
+                    }
+                    connection.state = State::Header;
+                    connection.answer(request, Err(request.error.unwrap_or(ClientError::Invalid)));
+                    self.to_flush.insert(conn);
+                }
+                State::Finishing => {
+                    let done = connection.unanswered == 0 && connection.outgoing.is_idle();
+                    return done.then(|| Next::Close("the client disconnected".into()));
+                }
+            }
+        }
+    }
+
+    /// Judges a fresh request and sets what comes next; a request without payload or reservation is
+    /// returned at once.
+    fn begin(&mut self, conn: ConnId, request: FrontRequest) -> Option<Next> {
+        let range = ByteRange { offset: request.offset, len: u64::from(request.len) };
+        let carries_data = matches!(request.op, FrontOp::Read | FrontOp::Write);
+        let valid = match request.op {
+            FrontOp::Flush => true,
+            // Nothing to do is done at once, wherever it is.
+            _ if request.len == 0 => true,
+            _ => self.geometry.contains(range) && !(carries_data && request.len > CLIENT_LEN_MAX),
+        };
+        let connection = self.connections.get_mut(&conn)?;
+        if request.error.is_some() || !valid {
+            let left = if request.op == FrontOp::Write { request.len as usize } else { 0 };
+            connection.state = State::Draining { request, left };
+            return None;
+        }
+        match request.op {
+            FrontOp::Flush => {
+                let flush = FrontRequest { offset: 0, len: 0, ..request };
+                Some(connection.hand_over(conn, flush, ClientOp::Flush, 0, 0))
+            }
+            _ if request.len == 0 => {
+                connection.answer(request, Ok(()));
+                self.to_flush.insert(conn);
+                None
+            }
+            FrontOp::Trim | FrontOp::WriteZeroes => {
+                let rest = range.len.saturating_sub(ZERO_PIECE_LEN);
+                Some(connection.hand_over(conn, request, ClientOp::Zero, 0, rest))
+            }
+            FrontOp::Read | FrontOp::Write => {
+                connection.state = State::Waiting(request);
+                None
+            }
+        }
+    }
+
+    /// Bytes of whole blocks that a request touches.
+    fn span_len(&self, request: FrontRequest) -> u64 {
+        let range = ByteRange { offset: request.offset, len: u64::from(request.len) };
+        self.geometry.blocks_of(range).count * u64::from(self.geometry.block_size())
+    }
+
+    /// Reserves the client bytes of a read or write, in turn. False: wait.
+    fn admit(&mut self, io: &mut Io, conn: ConnId, request: FrontRequest) -> bool {
+        let len = self.span_len(request);
+        let in_turn = self.waiting.front().is_none_or(|first| *first == conn);
+        if !in_turn || !io.buffers.reserve(len) {
+            if !self.waiting.contains(&conn) {
+                self.waiting.push_back(conn);
+            }
+            return false;
+        }
+        self.waiting.retain(|id| *id != conn);
+        if request.op == FrontOp::Write {
+            let buf = io.buffers.alloc(usize::try_from(len).expect("a write fits one payload"));
+            io.buffers.charge(buf, len);
+            let connection = self.connections.get_mut(&conn).expect("admitted while it is open");
+            connection.state = State::Payload { request, buf, got: 0 };
+        }
+        true
+    }
+
+    fn start_read(&mut self, conn: ConnId, request: FrontRequest) -> Option<Next> {
+        let reserved = self.span_len(request);
+        let connection = self.connections.get_mut(&conn)?;
+        connection.state = State::Header;
+        Some(connection.hand_over(conn, request, ClientOp::Read, reserved, 0))
+    }
+
+    fn go_on_with_payload(&mut self, io: &mut Io, conn: ConnId, request: FrontRequest) -> Option<Next> {
+        let block = u64::from(self.geometry.block_size());
+        let skip = usize::try_from(request.offset % block).expect("less than a block");
+        let connection = self.connections.get_mut(&conn)?;
+        let State::Payload { buf, ref mut got, .. } = connection.state else { return None };
+        let len = request.len as usize;
+        *got += connection.staging.move_to(&mut io.buffers, len - *got, buf, skip + *got);
+        if *got < len {
+            return None;
+        }
+        connection.state = State::Header;
+        let aligned = skip == 0 && u64::from(request.len).is_multiple_of(block);
+        let content = io.buffers.bytes(buf);
+        let payload = Payload {
+            buf,
+            len: u32::try_from(content.len()).expect("a write fits one payload"),
+            crc: if aligned { crc32fast::hash(content) } else { 0 },
+        };
+        Some(connection.hand_over(conn, request, ClientOp::Write(payload), 0, 0))
+    }
+
+    /// Answers a request that the core is done with. For a long zero request, returns the next piece.
+    pub(super) fn reply(
+        &mut self,
+        io: &mut Io,
+        conn: ConnId,
+        cookie: Cookie,
+        result: Result<ReplyData, ClientError>,
+    ) -> Option<ClientRequest> {
+        let connection = self.connections.get_mut(&conn)?;
+        let Some(request) = connection.requests.get_mut(&cookie) else {
+            panic!("the core answers a request twice or one that it never had: {conn:?} {cookie:?}");
+        };
+        if request.rest > 0 && result.is_ok() {
+            let done = u64::from(request.front.len) - request.rest;
+            let len = request.rest.min(ZERO_PIECE_LEN);
+            request.rest -= len;
+            let (offset, fua) = (request.front.offset + done, request.front.fua);
+            return Some(ClientRequest { conn, cookie, op: ClientOp::Zero, offset, len, fua });
+        }
+        let request = connection.requests.remove(&cookie).expect("was found just above");
+        connection.answer(request.front, result.map(|_| ()));
+        match result {
+            Ok(ReplyData::Read { buf, skip, len }) => {
+                assert_eq!(
+                    (request.front.op, len),
+                    (FrontOp::Read, request.front.len),
+                    "read data as asked for"
+                );
+                io.buffers.charge(buf, request.reserved);
+                connection.outgoing.push_buffer(&mut io.buffers, buf, skip as usize, len as usize);
+            }
+            Ok(ReplyData::None) => {
+                assert_ne!(request.front.op, FrontOp::Read, "a read is answered with data");
+                io.buffers.unreserve(request.reserved);
+            }
+            Err(_) => io.buffers.unreserve(request.reserved),
+        }
+        self.to_flush.insert(conn);
+        None
+    }
+
+    /// Takes back what a send left of its message.
+    ///
+    /// # Errors
+    /// The reason for which the connection is to be closed.
+    pub(super) fn sent(
+        &mut self,
+        io: &mut Io,
+        conn: ConnId,
+        mut message: Box<Message>,
+        result: i32,
+    ) -> Result<(), String> {
+        let Some(connection) = self.connections.get_mut(&conn) else {
+            message.abandon(&mut io.buffers);
+            return Ok(());
+        };
+        let len = match usize::try_from(result) {
+            Ok(len) => len,
+            Err(_) if matches!(-result, libc::EINTR | libc::EAGAIN) => 0,
+            Err(_) => {
+                message.abandon(&mut io.buffers);
+                return Err(format!("sending failed: {}", std::io::Error::from_raw_os_error(-result)));
+            }
+        };
+        let sent = connection.outgoing.on_sent(message, len, &mut io.buffers);
+        connection.unanswered -= sent.answers;
+        match sent.rest {
+            Some(rest) => io.send(&connection.socket, rest, Token::ClientSend(conn)),
+            None => {
+                self.to_flush.insert(conn);
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands the gathered answers to the kernel.
+    pub(super) fn flush(&mut self, io: &mut Io) {
+        while let Some(conn) = self.to_flush.pop_first() {
+            if let Some(connection) = self.connections.get_mut(&conn)
+                && let Some(message) = connection.outgoing.take()
+            {
+                io.send(&connection.socket, message, Token::ClientSend(conn));
+            }
+        }
+    }
+
+    /// Reads on, if the connection is to be read and is not being read; else notes since when it is not.
+    pub(super) fn arm(&mut self, io: &mut Io, conn: ConnId, now: Nanos) {
+        let block = self.geometry.block_size() as usize;
+        let Some(connection) = self.connections.get_mut(&conn) else { return };
+        let direct = match connection.state {
+            State::Header if connection.unanswered < REQUESTS_MAX => None,
+            State::Draining { .. } => None,
+            State::Payload { request, buf, got } => {
+                let left = request.len as usize - got;
+                let skip = request.offset as usize % block;
+                (left >= DIRECT_MIN).then_some(Span { buf, start: skip + got, len: left })
+            }
+            State::Header | State::Waiting(_) | State::Finishing => {
+                connection.unread_since.get_or_insert(now);
+                return;
+            }
+        };
+        connection.unread_since = None;
+        if !connection.receiving {
+            connection.receiving = true;
+            let span = direct.unwrap_or_else(|| connection.staging.room(&mut io.buffers));
+            io.receive(&connection.socket, span, Token::ClientReceive(conn));
+        }
+    }
+
+    /// The connection whose turn it is to wait for client bytes, if they may suffice now.
+    pub(super) fn first_waiting(&self, io: &Io) -> Option<ConnId> {
+        let conn = *self.waiting.front()?;
+        let State::Waiting(request) = self.connections.get(&conn)?.state else { return None };
+        let free = super::buffers::BUFFER_BYTES_MAX - io.buffers.client_bytes();
+        (self.span_len(request) <= free).then_some(conn)
+    }
+
+    /// When the next connection will have been unread for too long.
+    pub(super) fn deadline(&self) -> Option<Nanos> {
+        self.connections.values().filter_map(|c| c.unread_since).min().map(|at| at.after(self.unread_max))
+    }
+
+    /// Connections that have been unread for too long [R24].
+    pub(super) fn unread_too_long(&self, now: Nanos) -> Vec<ConnId> {
+        let over = |c: &Connection| c.unread_since.is_some_and(|at| at.after(self.unread_max) <= now);
+        self.connections.iter().filter(|(_, c)| over(c)).map(|(id, _)| *id).collect()
+    }
+
+    /// Nothing is left to send.
+    pub(super) fn is_idle(&self) -> bool {
+        self.connections.values().all(|c| c.outgoing.is_idle())
+    }
+}
+
+impl Connection {
+    /// Parses one header, if it is there whole.
+    fn parse(&mut self, io: &Io) -> Option<ClientFrame> {
+        let len = self.protocol.header_len();
+        assert!((1..=HEADER_LEN_MAX).contains(&len), "a client protocol announces a header of {len} bytes");
+        let frame = self.protocol.parse(self.staging.bytes(&io.buffers).get(..len)?);
+        self.staging.consume(len);
+        Some(frame)
+    }
+
+    /// Remembers a request and makes the core's form of it.
+    fn hand_over(
+        &mut self,
+        conn: ConnId,
+        front: FrontRequest,
+        op: ClientOp,
+        reserved: u64,
+        rest: u64,
+    ) -> Next {
+        let cookie = Cookie(self.next_cookie);
+        self.next_cookie += 1;
+        self.requests.insert(cookie, Request { front, reserved, rest });
+        let len = u64::from(front.len) - rest;
+        Next::Request(ClientRequest { conn, cookie, op, offset: front.offset, len, fua: front.fua })
+    }
+
+    /// Appends the header of an answer.
+    fn answer(&mut self, front: FrontRequest, result: Result<(), ClientError>) {
+        let protocol = &mut self.protocol;
+        self.outgoing.push_head(|out| protocol.reply(front.handle, front.op, result, out));
+        self.outgoing.count_answer();
+    }
+}

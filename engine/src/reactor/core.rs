@@ -1,0 +1,42 @@
+//! What the reactor drives: the sans-IO core of one volume.
+
+use crate::replica::{ClientInput, DiskDone, Lease, Output, PeerInput};
+use crate::types::{ConfigView, Nanos, NodeId, ProposalId, ProposalOutcome, ReplicaStatus};
+
+/// The sans-IO core as its driver sees it. It lives on the volume's thread alone, so it need not be
+/// `Send`. Every `now` is read from the clock after the input that comes with it was reaped [R27], and
+/// never runs backwards. After each call the reactor drains [`Self::poll_output`] until `None`.
+pub trait Core {
+    /// Takes a request, or the news that a connection is gone.
+    fn handle_client(&mut self, now: Nanos, input: ClientInput);
+    /// Takes the completion of a disk operation.
+    fn handle_disk(&mut self, now: Nanos, done: DiskDone);
+    /// Takes a message of a peer, or the news that a session came or went.
+    fn handle_peer(&mut self, now: Nanos, input: PeerInput);
+    /// Takes a committed config.
+    fn handle_config(&mut self, now: Nanos, config: ConfigView);
+    /// Takes a new lease.
+    fn handle_lease(&mut self, now: Nanos, lease: Lease);
+    /// Takes the fate of a proposal.
+    fn handle_proposal(&mut self, now: Nanos, id: ProposalId, outcome: ProposalOutcome);
+    /// The deadline has passed.
+    fn handle_tick(&mut self, now: Nanos);
+    /// Begins to hand the primary role to `to`.
+    ///
+    /// # Errors
+    /// Why it cannot, and what to do.
+    fn begin_move(&mut self, now: Nanos, to: NodeId) -> Result<(), String>;
+    /// Begins to give up the primary role.
+    ///
+    /// # Errors
+    /// Why it cannot, and what to do.
+    fn begin_demote(&mut self, now: Nanos) -> Result<(), String>;
+    /// Begins a clean stop, which ends with [`Output::Stopped`].
+    fn begin_stop(&mut self, now: Nanos);
+    /// The next thing to be done.
+    fn poll_output(&mut self) -> Option<Output>;
+    /// When [`Self::handle_tick`] is wanted.
+    fn poll_deadline(&self) -> Option<Nanos>;
+    /// A snapshot for operators and the failover controller.
+    fn status(&self) -> ReplicaStatus;
+}

@@ -1,0 +1,474 @@
+//! The io_uring ring and every operation that goes through it.
+//!
+//! All `unsafe` that hands memory to the kernel is here. The rule that makes it sound: whatever an
+//! operation points at is *held* by its slot - a buffer by a reference, a message or word by ownership, a
+//! file by a counted descriptor - from the push until its completion is reaped. Nothing is ever
+//! cancelled; an operation on a socket ends because the socket is shut down. If an [`Io`] is dropped
+//! while operations are in the kernel, ring and memory are leaked rather than freed.
+//!
+//! Invariants: every pushed operation completes exactly once; `user_data` is the slot's index, and a
+//! slot is reused only after its completion was reaped.
+//!
+//! Never does: deciding anything. It knows no blocks, clients or peers.
+
+use std::collections::VecDeque;
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use io_uring::squeue::Entry;
+use io_uring::{IoUring, Probe, opcode, types};
+
+use crate::replica::{ConnId, DiskOpId};
+use crate::wire::{BufId, SessionId};
+
+use super::buffers::Buffers;
+use super::error::ReactorError;
+use super::outgoing::Message;
+
+/// Submission entries of a ring unless the options say otherwise.
+pub(super) const RING_ENTRIES: u32 = 256;
+/// Completion entries per submission entry.
+const COMPLETIONS_PER_ENTRY: u32 = 16;
+/// Index of the arena among registered buffers.
+const ARENA_INDEX: u16 = 0;
+
+/// Whose operation completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Token {
+    /// Another thread has put something into the mailbox.
+    Wake,
+    /// Part of a disk operation.
+    Disk(DiskOpId),
+    /// Bytes from a client.
+    ClientReceive(ConnId),
+    /// Bytes to a client.
+    ClientSend(ConnId),
+    /// A client has shut down its side [R24].
+    ClientGone(ConnId),
+    /// Bytes from a peer.
+    PeerReceive(SessionId),
+    /// Bytes to a peer.
+    PeerSend(SessionId),
+}
+
+/// Memory that an operation in the kernel points at.
+pub(super) enum Hold {
+    /// None.
+    Nothing,
+    /// One reference to a buffer.
+    Buffer(BufId),
+    /// A message and the references of its parts.
+    Message(Box<Message>),
+    /// The counter read from an event descriptor.
+    Word(#[expect(dead_code, reason = "owned so that the kernel can write to it")] Box<u64>),
+}
+
+/// A reaped completion. Who gets it owns what it holds.
+pub(super) struct Completion {
+    /// Whose.
+    pub(super) token: Token,
+    /// As the system call would have returned it: a count, or a negated error number.
+    pub(super) result: i32,
+    /// What the operation held.
+    pub(super) hold: Hold,
+}
+
+struct Operation {
+    token: Token,
+    hold: Hold,
+    /// Keeps the descriptor open and its number ours.
+    _file: Rc<OwnedFd>,
+}
+
+/// Where in a buffer, and how much.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Span {
+    /// The buffer.
+    pub(super) buf: BufId,
+    /// First byte in it.
+    pub(super) start: usize,
+    /// Bytes.
+    pub(super) len: usize,
+}
+
+/// A ring with the operations in it.
+pub(super) struct Ring {
+    uring: IoUring,
+    operations: Vec<Option<Operation>>,
+    vacant: Vec<u32>,
+    /// Entries that did not fit into the submission queue yet.
+    backlog: VecDeque<Entry>,
+    in_kernel: usize,
+}
+
+/// A ring and the buffers that its operations use.
+pub(super) struct Io {
+    ring: ManuallyDrop<Ring>,
+    /// The buffers.
+    pub(super) buffers: ManuallyDrop<Buffers>,
+    arena_registered: bool,
+}
+
+/// Sets up a ring, with the flags for a single thread where the kernel knows them.
+fn build(entries: u32) -> io::Result<IoUring> {
+    let mut builder = IoUring::builder();
+    builder.dontfork().setup_clamp().setup_cqsize(entries.saturating_mul(COMPLETIONS_PER_ENTRY));
+    let mut single = builder.clone();
+    single.setup_submit_all().setup_single_issuer().setup_defer_taskrun();
+    match single.build(entries) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => builder.build(entries),
+        other => other,
+    }
+}
+
+fn setup_error(error: io::Error) -> ReactorError {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => ReactorError::Forbidden(error),
+        Some(libc::ENOSYS) => ReactorError::Unsupported("it has no io_uring".into()),
+        Some(libc::ENOMEM) => ReactorError::Memory(error),
+        _ => ReactorError::Io { action: "setting up an io_uring ring", source: error },
+    }
+}
+
+/// Names of the operations that a volume needs and this kernel lacks.
+fn missing_operations(ring: &IoUring) -> Result<Vec<&'static str>, ReactorError> {
+    let mut probe = Probe::new();
+    ring.submitter()
+        .register_probe(&mut probe)
+        .map_err(|source| ReactorError::Io { action: "asking io_uring what it can do", source })?;
+    let needed = [
+        ("READ", opcode::Read::CODE),
+        ("WRITE", opcode::Write::CODE),
+        ("READ_FIXED", opcode::ReadFixed::CODE),
+        ("WRITE_FIXED", opcode::WriteFixed::CODE),
+        ("FSYNC", opcode::Fsync::CODE),
+        ("FALLOCATE", opcode::Fallocate::CODE),
+        ("RECV", opcode::Recv::CODE),
+        ("SENDMSG", opcode::SendMsg::CODE),
+        ("POLL_ADD", opcode::PollAdd::CODE),
+    ];
+    Ok(needed.iter().filter(|(_, code)| !probe.is_supported(*code)).map(|(name, _)| *name).collect())
+}
+
+/// Checks that this process may use io_uring and that the kernel has what a volume needs.
+///
+/// # Errors
+/// What is in the way, and how to allow it.
+pub fn probe() -> Result<(), ReactorError> {
+    Ring::new(8).map(drop)
+}
+
+impl Ring {
+    /// A ring. The thread that makes it must be the one that uses it.
+    fn new(entries: u32) -> Result<Self, ReactorError> {
+        let uring = build(entries).map_err(setup_error)?;
+        if !uring.params().is_feature_ext_arg() || !uring.params().is_feature_nodrop() {
+            return Err(ReactorError::Unsupported("its io_uring cannot wait with a time-out".into()));
+        }
+        let missing = missing_operations(&uring)?;
+        if !missing.is_empty() {
+            return Err(ReactorError::Unsupported(format!("its io_uring lacks {}", missing.join(", "))));
+        }
+        Ok(Self { uring, operations: Vec::new(), vacant: Vec::new(), backlog: VecDeque::new(), in_kernel: 0 })
+    }
+
+    /// Queues an entry; it goes to the kernel with the next submit. `hold` and `file` must own everything
+    /// that the entry points at.
+    fn push(&mut self, entry: Entry, token: Token, hold: Hold, file: &Rc<OwnedFd>) {
+        let operation = Some(Operation { token, hold, _file: Rc::clone(file) });
+        let index = match self.vacant.pop() {
+            Some(index) => {
+                self.operations[index as usize] = operation;
+                index
+            }
+            None => {
+                self.operations.push(operation);
+                u32::try_from(self.operations.len() - 1).expect("fewer than 2^32 operations at once")
+            }
+        };
+        self.in_kernel += 1;
+        self.backlog.push_back(entry.user_data(u64::from(index)));
+        self.fill();
+    }
+
+    /// Moves entries into the submission queue as far as it has room.
+    fn fill(&mut self) {
+        let mut queue = self.uring.submission();
+        while let Some(entry) = self.backlog.front() {
+            // SAFETY: everything that the entry points at is owned by its operation in `operations`, which
+            // is kept until the completion is reaped, and leaked if the ring is dropped before that.
+            if unsafe { queue.push(entry) }.is_err() {
+                return;
+            }
+            self.backlog.pop_front();
+        }
+    }
+
+    /// Submits everything and waits until something completed or the time is over (`None`: no limit).
+    fn submit_and_wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.fill();
+        while !self.backlog.is_empty() {
+            match self.uring.submit() {
+                Ok(_) => self.fill(),
+                // The kernel wants completions reaped first.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => return Ok(()),
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        let waited = match timeout {
+            None => self.uring.submit_and_wait(1),
+            Some(limit) => {
+                let time = types::Timespec::new().sec(limit.as_secs()).nsec(limit.subsec_nanos());
+                let args = types::SubmitArgs::new().timespec(&time);
+                self.uring.submitter().submit_with_args(1, &args)
+            }
+        };
+        match waited {
+            Ok(_) => Ok(()),
+            Err(e)
+                if matches!(
+                    e.raw_os_error(),
+                    Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN)
+                ) =>
+            {
+                Ok(())
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Takes the completions that are there and appends them to `out`.
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        for entry in self.uring.completion() {
+            let index = usize::try_from(entry.user_data()).expect("user data is a slot index");
+            let operation = self.operations[index].take().expect("an operation completes only once");
+            self.vacant.push(u32::try_from(index).expect("slot indices fit 32 bits"));
+            self.in_kernel -= 1;
+            out.push(Completion { token: operation.token, result: entry.result(), hold: operation.hold });
+        }
+    }
+}
+
+impl Io {
+    /// A ring and a pool; `arena_len` bytes of the pool are registered if the system allows that.
+    pub(super) fn new(entries: u32, arena_len: usize) -> Result<Self, ReactorError> {
+        let ring = Ring::new(entries)?;
+        let mut buffers = Buffers::new(arena_len);
+        let mut arena_registered = false;
+        if let Some((start, len)) = buffers.arena() {
+            let region = libc::iovec { iov_base: start.as_ptr().cast(), iov_len: len };
+            // SAFETY: the arena stays mapped until `buffers` is dropped, which is after the ring.
+            match unsafe { ring.uring.submitter().register_buffers(&[region]) } {
+                Ok(()) => arena_registered = true,
+                Err(error) => {
+                    tracing::warn!(
+                        %error, bytes = len,
+                        "buffers are not registered with io_uring (a little slower): raise RLIMIT_MEMLOCK \
+                         (`ulimit -l`, or LimitMEMLOCK= in the systemd unit) to change that"
+                    );
+                    buffers = Buffers::new(0);
+                }
+            }
+        }
+        Ok(Self { ring: ManuallyDrop::new(ring), buffers: ManuallyDrop::new(buffers), arena_registered })
+    }
+
+    /// Operations that have not completed.
+    pub(super) fn in_kernel(&self) -> usize {
+        self.ring.in_kernel
+    }
+
+    /// Submits what was pushed, waits for a completion or the time-out, appends what completed to `out`.
+    pub(super) fn turn(&mut self, timeout: Option<Duration>, out: &mut Vec<Completion>) -> io::Result<()> {
+        self.ring.submit_and_wait(timeout)?;
+        self.ring.reap(out);
+        Ok(())
+    }
+
+    /// Reads from `file` at byte `at` into a span.
+    pub(super) fn read(&mut self, file: &Rc<OwnedFd>, span: Span, at: u64, token: Token) {
+        let (start, arena) = self.buffers.address(span.buf, span.start, span.len);
+        let (fd, len) = (types::Fd(file.as_raw_fd()), span_len(span));
+        let entry = if arena && self.arena_registered {
+            opcode::ReadFixed::new(fd, start, len, ARENA_INDEX).offset(at).build()
+        } else {
+            opcode::Read::new(fd, start, len).offset(at).build()
+        };
+        self.push_held(entry, token, span.buf, file);
+    }
+
+    /// Writes a span to `file` at byte `at`; `durable`: on stable storage before it completes.
+    pub(super) fn write(&mut self, file: &Rc<OwnedFd>, span: Span, at: u64, durable: bool, token: Token) {
+        let (start, arena) = self.buffers.address(span.buf, span.start, span.len);
+        let (fd, len) = (types::Fd(file.as_raw_fd()), span_len(span));
+        let flags = if durable { libc::RWF_DSYNC } else { 0 };
+        let start = start.cast_const();
+        let entry = if arena && self.arena_registered {
+            opcode::WriteFixed::new(fd, start, len, ARENA_INDEX).offset(at).rw_flags(flags).build()
+        } else {
+            opcode::Write::new(fd, start, len).offset(at).rw_flags(flags).build()
+        };
+        self.push_held(entry, token, span.buf, file);
+    }
+
+    /// Flushes the data of `file` (and what is needed to find it again).
+    pub(super) fn flush(&mut self, file: &Rc<OwnedFd>, token: Token) {
+        let entry =
+            opcode::Fsync::new(types::Fd(file.as_raw_fd())).flags(types::FsyncFlags::DATASYNC).build();
+        self.ring.push(entry, token, Hold::Nothing, file);
+    }
+
+    /// Makes `len` bytes at `at` read as zeroes and gives up their space.
+    pub(super) fn punch(&mut self, file: &Rc<OwnedFd>, at: u64, len: u64, token: Token) {
+        let entry = opcode::Fallocate::new(types::Fd(file.as_raw_fd()), len)
+            .offset(at)
+            .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
+            .build();
+        self.ring.push(entry, token, Hold::Nothing, file);
+    }
+
+    /// Receives into a span, as much as there is.
+    pub(super) fn receive(&mut self, socket: &Rc<OwnedFd>, span: Span, token: Token) {
+        let (start, _) = self.buffers.address(span.buf, span.start, span.len);
+        let entry = opcode::Recv::new(types::Fd(socket.as_raw_fd()), start, span_len(span)).build();
+        self.push_held(entry, token, span.buf, socket);
+    }
+
+    /// Sends what is left of a message; it comes back with the completion.
+    pub(super) fn send(&mut self, socket: &Rc<OwnedFd>, mut message: Box<Message>, token: Token) {
+        let header = message.prepare(&self.buffers);
+        let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL) as u32;
+        let entry = opcode::SendMsg::new(types::Fd(socket.as_raw_fd()), header).flags(flags).build();
+        self.ring.push(entry, token, Hold::Message(message), socket);
+    }
+
+    /// Completes when the other side of a socket has shut down, or the socket fails [R24].
+    pub(super) fn watch_shutdown(&mut self, socket: &Rc<OwnedFd>, token: Token) {
+        let entry =
+            opcode::PollAdd::new(types::Fd(socket.as_raw_fd()), u32::from(libc::POLLRDHUP as u16)).build();
+        self.ring.push(entry, token, Hold::Nothing, socket);
+    }
+
+    /// Completes when the event descriptor was written to, and clears it.
+    pub(super) fn await_event(&mut self, event: &Rc<OwnedFd>, token: Token) {
+        let mut word = Box::new(0_u64);
+        let target = (&raw mut *word).cast::<u8>();
+        let entry = opcode::Read::new(types::Fd(event.as_raw_fd()), target, 8).build();
+        self.ring.push(entry, token, Hold::Word(word), event);
+    }
+
+    fn push_held(&mut self, entry: Entry, token: Token, buf: BufId, file: &Rc<OwnedFd>) {
+        self.buffers.retain(buf);
+        self.ring.push(entry, token, Hold::Buffer(buf), file);
+    }
+}
+
+fn span_len(span: Span) -> u32 {
+    u32::try_from(span.len).expect("a buffer is at most one payload long")
+}
+
+impl Drop for Io {
+    fn drop(&mut self) {
+        if self.ring.in_kernel > 0 {
+            // The kernel may still write to the buffers: they, and the ring that ends with its last
+            // operation, stay for the rest of the process.
+            tracing::error!(
+                operations = self.ring.in_kernel,
+                "a volume stops with operations that the kernel has not completed; their memory is kept"
+            );
+            return;
+        }
+        // SAFETY: neither is used again; the ring goes first, as the arena is registered with it.
+        unsafe {
+            ManuallyDrop::drop(&mut self.ring);
+            ManuallyDrop::drop(&mut self.buffers);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn turn(io: &mut Io, limit: Duration) -> Vec<Completion> {
+        let mut out = Vec::new();
+        io.turn(Some(limit), &mut out).unwrap();
+        out
+    }
+
+    #[test]
+    fn a_hung_operation_keeps_its_buffer_until_the_kernel_is_done() {
+        let mut io = Io::new(8, 0).unwrap();
+        let (here, mut there) = UnixStream::pair().unwrap();
+        let here = Rc::new(OwnedFd::from(here));
+        let buf = io.buffers.alloc(4096);
+        let (start, _) = io.buffers.address(buf, 0, 1);
+        io.receive(&here, Span { buf, start: 0, len: 4096 }, Token::Wake);
+        io.buffers.release(buf);
+        assert!(turn(&mut io, Duration::from_millis(20)).is_empty());
+        let other = io.buffers.alloc(4096);
+        assert_ne!(io.buffers.address(other, 0, 1).0, start);
+        there.write_all(b"late").unwrap();
+        let done = turn(&mut io, Duration::from_secs(5));
+        assert_eq!((done.len(), done[0].result), (1, 4));
+        let Hold::Buffer(held) = done[0].hold else { panic!("the completion returns the buffer") };
+        assert_eq!(&io.buffers.bytes(held)[..4], b"late");
+        io.buffers.release(held);
+        assert_eq!(io.buffers.in_use(), 1);
+    }
+
+    #[test]
+    fn more_operations_than_entries_all_complete() {
+        let mut io = Io::new(2, 0).unwrap();
+        let (here, there) = UnixStream::pair().unwrap();
+        let here = Rc::new(OwnedFd::from(here));
+        for _ in 0..100 {
+            io.watch_shutdown(&here, Token::Wake);
+        }
+        drop(there);
+        let mut done = Vec::new();
+        while done.len() < 100 {
+            io.turn(Some(Duration::from_secs(5)), &mut done).unwrap();
+        }
+        assert_eq!(io.in_kernel(), 0);
+    }
+
+    /// The kernel's refusal, produced for this thread alone by a seccomp filter.
+    #[test]
+    fn a_kernel_that_forbids_io_uring_is_reported_with_what_to_do() {
+        fn forbid_io_uring_setup() {
+            let load_number = libc::sock_filter { code: 0x20, jt: 0, jf: 0, k: 0 };
+            let is_setup = libc::sock_filter { code: 0x15, jt: 0, jf: 1, k: libc::SYS_io_uring_setup as u32 };
+            let refuse = libc::sock_filter {
+                code: 0x06,
+                jt: 0,
+                jf: 0,
+                k: libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
+            };
+            let allow = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW };
+            let mut filter = [load_number, is_setup, refuse, allow];
+            let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
+            // SAFETY: plain prctl calls for this thread; `program` outlives the call that reads it.
+            unsafe {
+                assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+                let mode = libc::SECCOMP_MODE_FILTER;
+                assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program), 0);
+            }
+        }
+        let refused = std::thread::spawn(|| {
+            forbid_io_uring_setup();
+            probe().unwrap_err()
+        });
+        let error = refused.join().unwrap();
+        assert!(matches!(error, ReactorError::Forbidden(_)), "{error}");
+        assert!(error.to_string().contains("kernel.io_uring_disabled=0"));
+        assert!(error.to_string().contains("seccomp"));
+    }
+}
