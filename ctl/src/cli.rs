@@ -243,7 +243,8 @@ impl Cli {
     /// The admin socket to ask.
     pub fn admin_socket(&self) -> PathBuf {
         self.admin.clone().unwrap_or_else(|| {
-            std::env::var_os("BLKREPL_ADMIN").map_or_else(|| PathBuf::from(ADMIN_SOCKET_DEFAULT), PathBuf::from)
+            std::env::var_os("BLKREPL_ADMIN")
+                .map_or_else(|| PathBuf::from(ADMIN_SOCKET_DEFAULT), PathBuf::from)
         })
     }
 }
@@ -253,7 +254,8 @@ impl Cli {
 /// # Errors
 /// A sentence that says what is allowed.
 pub fn parse_size(text: &str) -> Result<u64, String> {
-    let allowed = || format!("'{text}' is not a size; use bytes or a number with KiB, MiB, GiB or TiB, such as 10GiB");
+    let allowed =
+        || format!("'{text}' is not a size; use bytes or a number with KiB, MiB, GiB or TiB, such as 10GiB");
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let number: u64 = text[..digits].parse().map_err(|_| allowed())?;
     let unit = match text[digits..].trim() {
@@ -301,8 +303,17 @@ mod tests {
 
     #[test]
     fn replicas_are_separated_by_commas() {
-        let cli =
-            Cli::try_parse_from(["blkrepl", "volume", "create", "v", "--size", "1MiB", "--replicas", "n1,n2"]).unwrap();
+        let cli = Cli::try_parse_from([
+            "blkrepl",
+            "volume",
+            "create",
+            "v",
+            "--size",
+            "1MiB",
+            "--replicas",
+            "n1,n2",
+        ])
+        .unwrap();
         let Command::Volume(VolumeCommand::Create(args)) = cli.command else { panic!("wrong command") };
         assert_eq!(args.replicas, ["n1", "n2"]);
         assert_eq!(args.size, 1 << 20);

@@ -99,7 +99,8 @@ mod tests {
         let json: serde_json::Value =
             serde_json::from_slice(&std::fs::read(dir.path().join(FILE_NAME)).unwrap()).unwrap();
         let keys: Vec<_> = json["nodes"][0].as_object().unwrap().keys().cloned().collect();
-        let expected = ["admin", "config", "data", "id", "kind", "meta", "name", "nbd_tcp", "nbd_unix", "pid"];
+        let expected =
+            ["admin", "config", "data", "id", "kind", "meta", "name", "nbd_tcp", "nbd_unix", "pid"];
         assert_eq!(keys, expected);
     }
 }

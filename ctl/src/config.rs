@@ -213,8 +213,8 @@ struct RawFounder {
 pub fn load(path: &Path) -> Result<NodeConfig, ConfigError> {
     let text = std::fs::read_to_string(path)
         .map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })?;
-    let absolute = std::path::absolute(path)
-        .map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })?;
+    let absolute =
+        std::path::absolute(path).map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })?;
     parse(&absolute, &text)
 }
 
@@ -242,11 +242,13 @@ pub fn parse(path: &Path, text: &str) -> Result<NodeConfig, ConfigError> {
         );
     };
     if me.name != *raw.node.name.get_ref() {
-        let problem = format!("the [[cluster]] entry with id = {} is named '{}'; use one name", id.0, me.name);
+        let problem =
+            format!("the [[cluster]] entry with id = {} is named '{}'; use one name", id.0, me.name);
         return at.refuse(&raw.node.name, "node.name", problem);
     }
     if me.kind != kind {
-        let problem = format!("the [[cluster]] entry with id = {} says '{}'; use one kind", id.0, me.kind.word());
+        let problem =
+            format!("the [[cluster]] entry with id = {} says '{}'; use one kind", id.0, me.kind.word());
         return at.refuse(&raw.node.kind, "node.kind", problem);
     }
     let path_or = |given: &Option<Spanned<PathBuf>>, key: &str, name: &str| match given {
@@ -268,7 +270,9 @@ pub fn parse(path: &Path, text: &str) -> Result<NodeConfig, ConfigError> {
         volumes: raw
             .volume
             .into_iter()
-            .map(|(name, p)| (name, VolumePaths { data: p.data.map(|d| base.join(d)), meta: p.meta.map(|m| base.join(m)) }))
+            .map(|(name, p)| {
+                (name, VolumePaths { data: p.data.map(|d| base.join(d)), meta: p.meta.map(|m| base.join(m)) })
+            })
             .collect(),
         dir,
     })
@@ -291,7 +295,11 @@ impl NodeConfig {
 /// A sentence that names the rule.
 pub fn check_name(name: &str) -> Result<(), String> {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(good) || name.starts_with(['.', '-']) {
+    if name.is_empty()
+        || name.len() > NAME_BYTES_MAX
+        || !name.chars().all(good)
+        || name.starts_with(['.', '-'])
+    {
         return Err(format!(
             "'{name}' is not a name: 1 to {NAME_BYTES_MAX} of A-Z a-z 0-9 - _ . are allowed, not starting with . or -"
         ));
@@ -326,7 +334,9 @@ impl Checker<'_> {
         let text = addr.get_ref();
         match text.parse::<SocketAddr>() {
             Ok(parsed) if parsed.port() != 0 => Ok(parsed),
-            Ok(_) => self.refuse(addr, key, format!("'{text}' has port 0; give the port that others will dial")),
+            Ok(_) => {
+                self.refuse(addr, key, format!("'{text}' has port 0; give the port that others will dial"))
+            }
             Err(_) => self.refuse(
                 addr,
                 key,
@@ -355,10 +365,18 @@ impl Checker<'_> {
             self.name("cluster.name", &founder.name)?;
             let name = founder.name.get_ref().clone();
             if !ids.insert(id) {
-                return self.refuse(&founder.id, "cluster.id", format!("{} stands twice; ids are unique", id.0));
+                return self.refuse(
+                    &founder.id,
+                    "cluster.id",
+                    format!("{} stands twice; ids are unique", id.0),
+                );
             }
             if !names.insert(name.clone()) {
-                return self.refuse(&founder.name, "cluster.name", format!("'{name}' stands twice; names are unique"));
+                return self.refuse(
+                    &founder.name,
+                    "cluster.name",
+                    format!("'{name}' stands twice; names are unique"),
+                );
             }
             founders.push(FounderConfig {
                 id,
@@ -388,7 +406,12 @@ impl Checker<'_> {
         let high = value(&raw.election_max_ms, "timing.election_max_ms", ELECTION_MAX_MS_DEFAULT)?;
         let rules = [
             (renew * 2 <= lease, &raw.renew_ms, "timing.renew_ms", "at most half of lease_ms"),
-            (heartbeat * 2 <= low, &raw.heartbeat_ms, "timing.heartbeat_ms", "at most half of election_min_ms"),
+            (
+                heartbeat * 2 <= low,
+                &raw.heartbeat_ms,
+                "timing.heartbeat_ms",
+                "at most half of election_min_ms",
+            ),
             (low < high, &raw.election_min_ms, "timing.election_min_ms", "less than election_max_ms"),
         ];
         for (holds, given, key, allowed) in rules {
@@ -468,7 +491,8 @@ data = "/dev/vg/vol0"
 
     #[test]
     fn unknown_keys_are_refused_with_file_line_and_what_is_allowed() {
-        let text = error(&GOOD.replace("name = \"n1\"\nkind = \"data\"\n\n", "nmae = \"n1\"\nkind = \"data\"\n\n"));
+        let text =
+            error(&GOOD.replace("name = \"n1\"\nkind = \"data\"\n\n", "nmae = \"n1\"\nkind = \"data\"\n\n"));
         assert!(text.contains("/srv/n1/node.toml"), "{text}");
         assert!(text.contains("line 4"), "{text}");
         assert!(text.contains("nmae") && text.contains("expected one of"), "{text}");
@@ -483,13 +507,22 @@ data = "/dev/vg/vol0"
     #[test]
     fn values_that_break_a_rule_name_line_and_key() {
         let cases = [
-            (GOOD.replace("control = \"127.0.0.1:7101\"\npeer = \"127.0.0.1:7102\"\nnbd_tcp", "control = \"localhost\"\npeer = \"127.0.0.1:7102\"\nnbd_tcp"), "line 8, key listen.control"),
+            (
+                GOOD.replace(
+                    "control = \"127.0.0.1:7101\"\npeer = \"127.0.0.1:7102\"\nnbd_tcp",
+                    "control = \"localhost\"\npeer = \"127.0.0.1:7102\"\nnbd_tcp",
+                ),
+                "line 8, key listen.control",
+            ),
             (GOOD.replacen("id = 1", "id = 7", 1), "line 3, key node.id"),
             (GOOD.replace("id = 3", "id = 1"), "key cluster.id"),
             (GOOD.replacen("id = 1", "id = 0", 1), "ids start at 1"),
             (GOOD.replacen("kind = \"data\"", "kind = \"witness\"", 1), "key node.kind"),
             (GOOD.replacen("name = \"n1\"", "name = \"a b\"", 1), "key node.name"),
-            (format!("{GOOD}\n[timing]\nlease_ms = 500\n"), "key timing.renew_ms: must be at most half of lease_ms"),
+            (
+                format!("{GOOD}\n[timing]\nlease_ms = 500\n"),
+                "key timing.renew_ms: must be at most half of lease_ms",
+            ),
             (format!("{GOOD}\n[timing]\nlease_ms = 1\n"), "not in 10 to 600000"),
         ];
         for (text, expected) in cases {

@@ -177,11 +177,14 @@ impl DevCluster {
         if interrupt.is_set() {
             bail!("interrupted");
         }
-        for ended in self.supervisor.reap() {
-            let index = self.index(&ended.name).unwrap_or(0);
-            bail!("{} {} at its start; its log ends with:\n{}", ended.name, ended.how, self.supervisor.log_tail(index));
-        }
-        Ok(())
+        let Some(ended) = self.supervisor.reap().into_iter().next() else { return Ok(()) };
+        let index = self.index(&ended.name).unwrap_or(0);
+        bail!(
+            "{} {} at its start; its log ends with:\n{}",
+            ended.name,
+            ended.how,
+            self.supervisor.log_tail(index)
+        )
     }
 }
 
@@ -225,7 +228,10 @@ pub fn run(args: &DevArgs) -> anyhow::Result<()> {
     let killed = dev.supervisor.stop_all();
     dev.refresh()?;
     if !killed.is_empty() {
-        bail!("{} did not stop in time and had to be killed; see the log in its directory", killed.join(", "));
+        bail!(
+            "{} did not stop in time and had to be killed; see the log in its directory",
+            killed.join(", ")
+        );
     }
     Ok(())
 }

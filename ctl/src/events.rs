@@ -162,11 +162,9 @@ pub fn describe(event: &Event, name: impl Fn(blkrepl_engine::types::NodeId) -> S
             format!("takes over in reign {reign}; {regions} intent regions to compare"),
             json!({"reign": reign.0, "regions": regions}),
         ),
-        Event::Serving { reign } => Happening::with(
-            "serving",
-            format!("serves clients in reign {reign}"),
-            json!({"reign": reign.0}),
-        ),
+        Event::Serving { reign } => {
+            Happening::with("serving", format!("serves clients in reign {reign}"), json!({"reign": reign.0}))
+        }
         Event::StoppedServing(reason) => {
             Happening::new("stopped_serving", format!("serves clients no longer: {reason}"))
         }
@@ -213,7 +211,10 @@ pub fn describe(event: &Event, name: impl Fn(blkrepl_engine::types::NodeId) -> S
         ),
         Event::Repaired { blocks } => Happening::with(
             "repaired",
-            format!("{} blocks from block {} could not be read; rewritten from a peer", blocks.count, blocks.start.0),
+            format!(
+                "{} blocks from block {} could not be read; rewritten from a peer",
+                blocks.count, blocks.start.0
+            ),
             json!({"start": blocks.start.0, "count": blocks.count}),
         ),
         Event::Failed(reason) => Happening::new("failed", format!("this replica failed: {reason}")),

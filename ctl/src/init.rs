@@ -16,7 +16,8 @@ use crate::node_dir::{DirLock, PID_FILE};
 /// # Errors
 /// There is one, the node runs, or the directory cannot be used.
 pub fn create(config: &NodeConfig) -> anyhow::Result<String> {
-    std::fs::create_dir_all(&config.dir).with_context(|| format!("cannot create {}", config.dir.display()))?;
+    std::fs::create_dir_all(&config.dir)
+        .with_context(|| format!("cannot create {}", config.dir.display()))?;
     let lock = DirLock::take(&config.dir, PID_FILE, "init")?;
     let store: StoreId = control::init(&config.dir, config.id)?;
     drop(lock);

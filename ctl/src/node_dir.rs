@@ -59,13 +59,8 @@ impl DirLock {
     pub fn take(dir: &Path, name: &str, what: &'static str) -> Result<Self, DirError> {
         let io = |source| DirError::Io { dir: dir.to_path_buf(), source };
         let path = dir.join(name);
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(io)?;
+        let mut file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(io)?;
         let give_up = Instant::now() + LOCK_PATIENCE;
         while let Err(error) = flock(&file, FlockOperation::NonBlockingLockExclusive) {
             if error != rustix::io::Errno::WOULDBLOCK {
@@ -113,7 +108,10 @@ fn read_pid(file: &mut File) -> Option<u32> {
 pub fn is_running(pid: u32) -> bool {
     let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
     // The state letter follows the command name, which ends with the last closing parenthesis.
-    stat.rsplit(')').next().and_then(|rest| rest.trim_start().chars().next()).is_some_and(|s| s != 'Z' && s != 'X')
+    stat.rsplit(')')
+        .next()
+        .and_then(|rest| rest.trim_start().chars().next())
+        .is_some_and(|s| s != 'Z' && s != 'X')
 }
 
 /// Sends a signal to a process; false if it is not there (any more).
@@ -133,7 +131,10 @@ mod tests {
         let lock = DirLock::take(dir.path(), PID_FILE, "daemon").unwrap();
         assert_eq!(holder(dir.path(), PID_FILE), Some(std::process::id()));
         let error = DirLock::take(dir.path(), PID_FILE, "daemon").unwrap_err().to_string();
-        assert!(error.contains("second daemon") && error.contains(&std::process::id().to_string()), "{error}");
+        assert!(
+            error.contains("second daemon") && error.contains(&std::process::id().to_string()),
+            "{error}"
+        );
         drop(lock);
         assert_eq!(holder(dir.path(), PID_FILE), None);
         drop(DirLock::take(dir.path(), PID_FILE, "daemon").unwrap());

@@ -106,7 +106,9 @@ impl AdminApi for Ops {
                 Request::VolumeCreate { volume, size, replicas, durability } => {
                     create(&node, &volume, size, &replicas, durability).await
                 }
-                Request::VolumeRecreate { volume, discard_data } => recreate(&node, &volume, discard_data).await,
+                Request::VolumeRecreate { volume, discard_data } => {
+                    recreate(&node, &volume, discard_data).await
+                }
                 Request::Promote { volume, force, discard_inconsistent } => {
                     promote(&node, &volume, force, discard_inconsistent).await
                 }
@@ -139,7 +141,9 @@ async fn carry_out(node: &Arc<Node>, call: NodeCall) -> NodeAnswer {
         NodeCall::Replicas => NodeAnswer::Replicas(node.own_replicas()),
         NodeCall::Move { volume, to } => begin(node, volume, Some(to)).await,
         NodeCall::Demote { volume } => begin(node, volume, None).await,
-        NodeCall::Prepare(new) => prepare(node, *new).await.map_or_else(NodeAnswer::Refused, NodeAnswer::Prepared),
+        NodeCall::Prepare(new) => {
+            prepare(node, *new).await.map_or_else(NodeAnswer::Refused, NodeAnswer::Prepared)
+        }
         NodeCall::Discard(new) => {
             let removed = discard(node, *new).await;
             removed.map_or_else(NodeAnswer::Refused, |()| NodeAnswer::Ok)
@@ -258,10 +262,7 @@ async fn submit(node: &Node, op: ClusterOp) -> Result<Applied, String> {
     match node.control.submit(op).await {
         Ok(Applied::Refused(reason)) | Err(SubmitError::Refused(reason)) => Err(reason),
         Ok(applied) => Ok(applied),
-        Err(SubmitError::Unknown) => Err(
-            "there was no quorum to commit the change in time; it may still take effect: see `blkrepl status`, and start the missing nodes"
-                .to_string(),
-        ),
+        Err(unknown) => Err(format!("{unknown}; a quorum of nodes has to run")),
     }
 }
 
@@ -311,7 +312,9 @@ async fn create(
     let first = *nodes.first().ok_or("there is no data node")?;
     nodes.sort_unstable();
     nodes.dedup();
-    if let Some(witness) = nodes.iter().filter_map(|n| state.nodes.get(n)).find(|n| n.kind == NodeKind::Witness) {
+    if let Some(witness) =
+        nodes.iter().filter_map(|n| state.nodes.get(n)).find(|n| n.kind == NodeKind::Witness)
+    {
         return Err(format!("{} is a witness and stores no blocks; name data nodes", witness.name));
     }
     let new = NewVolume {
@@ -351,12 +354,8 @@ async fn create(
             return Err(reason);
         }
         Ok(_) => {}
-        Err(SubmitError::Unknown) => {
-            return Err(
-                "there was no quorum to commit the new volume in time; it may still appear: see `blkrepl volume list`, and start the missing nodes"
-                    .to_string(),
-            );
-        }
+        // Its files stay: the volume may still appear.
+        Err(unknown) => return Err(format!("{unknown}; a quorum of nodes has to run")),
     }
     wait_served(node, id, CREATE_TIMEOUT).await;
     node.events.record(Some(name), Happening::new("created", format!("volume of {size} bytes created")));
@@ -383,7 +382,8 @@ async fn recreate(node: &Arc<Node>, name: &str, discard: bool) -> Result<Done, S
     let state = node.state();
     let id = find(&state, name)?.id;
     node.recreate(id, discard).await?;
-    let text = format!("the replica of {name} on {} is made anew and gets everything by resync", node.config.name);
+    let text =
+        format!("the replica of {name} on {} is made anew and gets everything by resync", node.config.name);
     node.events.record(Some(name), Happening::new("recreated", text.clone()));
     Ok(done(node, id, text))
 }
@@ -409,12 +409,19 @@ async fn move_to(node: &Arc<Node>, name: &str, to: &str) -> Result<Done, String>
     let to = find_node(&state, to)?;
     let record = find(&state, name)?;
     let Some(primary) = record.primary else {
-        return Err(format!("volume {name} has no primary (demoted): use `blkrepl promote {name}` on a node"));
+        return Err(format!(
+            "volume {name} has no primary (demoted): use `blkrepl promote {name}` on a node"
+        ));
     };
     do_move(node, record, primary, to).await
 }
 
-async fn do_move(node: &Arc<Node>, record: &VolumeRecord, primary: Member, to: NodeId) -> Result<Done, String> {
+async fn do_move(
+    node: &Arc<Node>,
+    record: &VolumeRecord,
+    primary: Member,
+    to: NodeId,
+) -> Result<Done, String> {
     let state = node.state();
     let (id, name, to_name) = (record.id, record.name.clone(), node_name(&state, to));
     if primary.node == to {
@@ -444,7 +451,10 @@ async fn do_move(node: &Arc<Node>, record: &VolumeRecord, primary: Member, to: N
         return Err(not_shown(&name, "the move"));
     }
     let from = node_name(&state, primary.node);
-    let text = format!("{to_name} is primary of {name} now (before: {from}), after {} ms", begun.elapsed().as_millis());
+    let text = format!(
+        "{to_name} is primary of {name} now (before: {from}), after {} ms",
+        begun.elapsed().as_millis()
+    );
     node.events.record(Some(&name), Happening::new("moved", text.clone()));
     Ok(done(node, id, text))
 }
@@ -474,7 +484,12 @@ fn not_shown(name: &str, what: &str) -> String {
     )
 }
 
-async fn promote(node: &Arc<Node>, name: &str, force: bool, discard_inconsistent: bool) -> Result<Done, String> {
+async fn promote(
+    node: &Arc<Node>,
+    name: &str,
+    force: bool,
+    discard_inconsistent: bool,
+) -> Result<Done, String> {
     let state = node.state();
     let record = find(&state, name)?;
     let me = node.me();
@@ -499,7 +514,8 @@ async fn promote(node: &Arc<Node>, name: &str, force: bool, discard_inconsistent
             }
         };
     }
-    let restarted = record.member(me.node).is_some() && record.in_sync.iter().all(|m| state.has_restarted(*m));
+    let restarted =
+        record.member(me.node).is_some() && record.in_sync.iter().all(|m| state.has_restarted(*m));
     if restarted && !force {
         let op = ClusterOp::PromoteRestarted {
             volume: record.id,
@@ -538,7 +554,9 @@ fn eligible(node: &Node, record: &VolumeRecord) -> Result<(), String> {
 
 fn why_not(node: &Node, record: &VolumeRecord) -> String {
     let Some(handle) = node.handle(record.id) else {
-        return node.failure(record.id).map_or_else(String::new, |reason| format!(" (its replica failed: {reason})"));
+        return node
+            .failure(record.id)
+            .map_or_else(String::new, |reason| format!(" (its replica failed: {reason})"));
     };
     let status = handle.status();
     if status.report.inconsistent {
@@ -554,15 +572,13 @@ async fn loss(node: &Arc<Node>, record: &VolumeRecord) -> String {
     let view = status(node).await;
     let my_view = view.volumes.iter().find(|v| v.name == record.name);
     let mine = my_view.and_then(|v| v.replicas.iter().find(|r| r.node == node.config.name));
-    let holders: Vec<String> = record
-        .in_sync
-        .iter()
-        .filter(|m| m.node != me)
-        .map(|m| node_name(&node.state(), m.node))
-        .collect();
+    let holders: Vec<String> =
+        record.in_sync.iter().filter(|m| m.node != me).map(|m| node_name(&node.state(), m.node)).collect();
     let holders = if holders.is_empty() { "nobody".to_string() } else { holders.join(", ") };
     let answered = my_view.is_some_and(|v| {
-        v.replicas.iter().any(|r| r.node != node.config.name && v.in_sync.contains(&r.node) && r.epoch.is_some())
+        v.replicas
+            .iter()
+            .any(|r| r.node != node.config.name && v.in_sync.contains(&r.node) && r.epoch.is_some())
     });
     match mine.and_then(|r| r.dirty_bytes).filter(|_| answered) {
         Some(bytes) => format!(
@@ -585,8 +601,10 @@ async fn force_promote(
 ) -> Result<Done, String> {
     let (name, my_name) = (&record.name, &node.config.name);
     let handle = node.handle(record.id).ok_or_else(|| {
-        format!("the replica of {name} on {my_name} does not run and cannot be promoted, not even by force: {}",
-            node.failure(record.id).unwrap_or_else(|| "it is not open yet; try again".to_string()))
+        format!(
+            "the replica of {name} on {my_name} does not run and cannot be promoted, not even by force: {}",
+            node.failure(record.id).unwrap_or_else(|| "it is not open yet; try again".to_string())
+        )
     })?;
     let status = handle.status();
     if let Some(failure) = &status.failure {
@@ -604,11 +622,19 @@ async fn force_promote(
         lineage: LineageId(random_id()?),
         fork_epoch: status.report.epoch,
     };
-    let text = format!("{my_name} is primary of {name} by force, in a new lineage; {}", loss.replacen("--force would discard", "discarded:", 1));
+    let text = format!(
+        "{my_name} is primary of {name} by force, in a new lineage; {}",
+        loss.replacen("--force would discard", "discarded:", 1)
+    );
     commit_promotion(node, record, op, text).await
 }
 
-async fn commit_promotion(node: &Arc<Node>, record: &VolumeRecord, op: ClusterOp, text: String) -> Result<Done, String> {
+async fn commit_promotion(
+    node: &Arc<Node>,
+    record: &VolumeRecord,
+    op: ClusterOp,
+    text: String,
+) -> Result<Done, String> {
     let me = node.config.id;
     submit(node, op).await?;
     if !wait_for(node, record.id, CHANGE_TIMEOUT, |v| v.primary.is_some_and(|p| p.node == me)).await {

@@ -47,7 +47,9 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
 pub fn status(view: &StatusView) -> String {
     let mut out = nodes(&view.nodes);
     if view.cluster.is_none() {
-        out.push_str("\nThe cluster is not formed yet: every founder of node.toml must run and reach the others.\n");
+        out.push_str(
+            "\nThe cluster is not formed yet: every founder of node.toml must run and reach the others.\n",
+        );
     }
     for volume in &view.volumes {
         out.push('\n');

@@ -31,9 +31,7 @@ pub fn main(cli: Cli) -> ExitCode {
 
 /// The reader of our output went away (`| head`): nothing failed.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error
-        .downcast_ref::<std::io::Error>()
-        .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 fn dispatch(cli: &Cli) -> anyhow::Result<()> {
@@ -124,12 +122,12 @@ fn events(cli: &Cli, args: &EventsArgs) -> anyhow::Result<()> {
     let mut client = AdminClient::connect(&cli.admin_socket(), ANSWER_TIMEOUT)?;
     client.send(&Request::Events { after: args.after, follow: args.follow })?;
     if !args.follow {
-        let all: Vec<EventRecord> = client.next()?.unwrap_or_default();
+        let all: Vec<EventRecord> = client.receive()?.unwrap_or_default();
         let text = || all.iter().map(|e| format!("{}\n", render::event(e))).collect::<String>();
         return print(cli, &all, text);
     }
     client.wait_forever()?;
-    while let Some(event) = client.next::<EventRecord>()? {
+    while let Some(event) = client.receive::<EventRecord>()? {
         let line = if cli.json { serde_json::to_string(&event)? } else { render::event(&event) };
         writeln!(std::io::stdout().lock(), "{line}")?;
     }
@@ -164,5 +162,9 @@ fn set_up_log(default: &str) {
         .unwrap_or_else(|| EnvFilter::new(format!("{default},openraft=warn")));
     let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
     // Only fails if a log is set up already, which then stays.
-    let _already = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).try_init();
+    let _already = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(ansi)
+        .try_init();
 }

@@ -295,7 +295,8 @@ fn lay_out(dir: &Path, names: &[&str], timing: &TimingArgs) -> anyhow::Result<()
         }
         write!(text, "\n{}{cluster}", timing_section(timing))?;
         let node_dir = dir.join(name);
-        std::fs::create_dir_all(&node_dir).with_context(|| format!("cannot create {}", node_dir.display()))?;
+        std::fs::create_dir_all(&node_dir)
+            .with_context(|| format!("cannot create {}", node_dir.display()))?;
         let file = node_dir.join("node.toml");
         let config = config::parse(&file, &text).context("the timing given does not fit together")?;
         crate::init::ensure(&config)?;
@@ -370,7 +371,9 @@ mod tests {
         assert_eq!(second.nodes[0].config.timing.lease, Duration::from_millis(600));
         assert_eq!(second.nodes[2].config.kind, Kind::Witness);
         let json = second.cluster_json(4096);
-        assert!(json.nodes[0].nbd_unix.as_deref().is_some_and(|uri| uri.starts_with("nbd+unix:///vol0?socket=/")));
+        assert!(
+            json.nodes[0].nbd_unix.as_deref().is_some_and(|uri| uri.starts_with("nbd+unix:///vol0?socket=/"))
+        );
         assert_eq!((json.nodes[2].data.as_ref(), json.nodes[0].pid), (None, None));
     }
 

@@ -97,7 +97,7 @@ impl AdminClient {
     ///
     /// # Errors
     /// [`AskError`].
-    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, AskError> {
+    pub fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<T>, AskError> {
         let mut line = String::new();
         let n = self.stream.read_line(&mut line).map_err(|source| self.broken(source))?;
         if n == 0 {
@@ -122,7 +122,7 @@ impl AdminClient {
 pub fn ask<T: DeserializeOwned>(socket: &Path, request: &Request, timeout: Duration) -> Result<T, AskError> {
     let mut client = AdminClient::connect(socket, timeout)?;
     client.send(request)?;
-    client.next()?.ok_or_else(|| AskError::Broken {
+    client.receive()?.ok_or_else(|| AskError::Broken {
         socket: socket.to_path_buf(),
         source: std::io::ErrorKind::UnexpectedEof.into(),
     })

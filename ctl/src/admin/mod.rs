@@ -250,6 +250,9 @@ mod tests {
     fn replies_are_ok_or_error() {
         let line = serde_json::to_string(&Reply::Error("no".into())).unwrap();
         assert_eq!(line, r#"{"error":"no"}"#);
-        assert_eq!(serde_json::from_str::<Reply>(r#"{"ok":{"a":1}}"#).unwrap(), Reply::Ok(serde_json::json!({"a":1})));
+        assert_eq!(
+            serde_json::from_str::<Reply>(r#"{"ok":{"a":1}}"#).unwrap(),
+            Reply::Ok(serde_json::json!({"a":1}))
+        );
     }
 }

@@ -31,7 +31,9 @@ pub trait AdminApi: Send + Sync + 'static {
 
 /// Why the socket cannot be served.
 #[derive(Debug, Error)]
-#[error("cannot serve the admin socket {path}: {source}; remove what stands there or set listen.admin in node.toml")]
+#[error(
+    "cannot serve the admin socket {path}: {source}; remove what stands there or set listen.admin in node.toml"
+)]
 pub struct ListenError {
     path: PathBuf,
     source: std::io::Error,
@@ -48,7 +50,10 @@ pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
         std::fs::create_dir_all(parent).map_err(fail)?;
     }
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        return Err(fail(std::io::Error::new(std::io::ErrorKind::AddrInUse, "another process answers on it")));
+        return Err(fail(std::io::Error::new(
+            std::io::ErrorKind::AddrInUse,
+            "another process answers on it",
+        )));
     }
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(fail(e)),
@@ -82,12 +87,18 @@ pub async fn serve(listener: UnixListener, api: Arc<dyn AdminApi>, events: Arc<E
     }
 }
 
-async fn connection(stream: UnixStream, api: Arc<dyn AdminApi>, events: Arc<EventLog>) -> std::io::Result<()> {
+async fn connection(
+    stream: UnixStream,
+    api: Arc<dyn AdminApi>,
+    events: Arc<EventLog>,
+) -> std::io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut read = BufReader::new(read);
     while let Some(line) = read_line(&mut read).await? {
         let reply = match serde_json::from_slice::<Request>(&line) {
-            Ok(Request::Events { after, follow: true }) => return follow(after, &events, &mut read, &mut write).await,
+            Ok(Request::Events { after, follow: true }) => {
+                return follow(after, &events, &mut read, &mut write).await;
+            }
             Ok(Request::Events { after, follow: false }) => to_reply(&all_after(after, &events)),
             Ok(request) => api.handle(request).await,
             Err(error) => Reply::Error(format!(
@@ -120,8 +131,10 @@ async fn write_line(write: &mut (impl AsyncWriteExt + Unpin), reply: &Reply) -> 
 
 /// Turns a value into a reply.
 pub fn to_reply(value: &impl serde::Serialize) -> Reply {
-    serde_json::to_value(value)
-        .map_or_else(|error| Reply::Error(format!("the answer cannot be written as JSON: {error}")), Reply::Ok)
+    serde_json::to_value(value).map_or_else(
+        |error| Reply::Error(format!("the answer cannot be written as JSON: {error}")),
+        Reply::Ok,
+    )
 }
 
 fn all_after(mut after: u64, events: &EventLog) -> Vec<crate::events::EventRecord> {
@@ -209,13 +222,14 @@ mod tests {
         assert!(matches!(error, AskError::Refused(ref reason) if reason == "no volume named 'v'"), "{error}");
 
         events.record(None, Happening::new("session", "one"));
-        let all: Vec<EventRecord> = ask(&socket, &Request::Events { after: 0, follow: false }, second).unwrap();
+        let all: Vec<EventRecord> =
+            ask(&socket, &Request::Events { after: 0, follow: false }, second).unwrap();
         assert_eq!(all.len(), 1);
         let mut client = AdminClient::connect(&socket, second).unwrap();
         client.send(&Request::Events { after: 0, follow: true }).unwrap();
-        assert_eq!(client.next::<EventRecord>().unwrap().unwrap().text, "one");
+        assert_eq!(client.receive::<EventRecord>().unwrap().unwrap().text, "one");
         events.record(Some("vol0"), Happening::new("session", "two"));
-        assert_eq!(client.next::<EventRecord>().unwrap().unwrap().text, "two");
+        assert_eq!(client.receive::<EventRecord>().unwrap().unwrap().text, "two");
         assert!(listen(&socket).unwrap_err().to_string().contains("another process answers"));
     }
 

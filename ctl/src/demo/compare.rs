@@ -40,7 +40,8 @@ pub fn volume(client: &mut NbdClient, file: &File, len: u64) -> Result<Option<u6
     while offset < len {
         let n = STEP.min(usize::try_from(len - offset).unwrap_or(STEP));
         client.read(offset, &mut x[..n])?;
-        file.read_exact_at(&mut y[..n], offset).map_err(|e| NbdError::Usage(format!("cannot read the file: {e}")))?;
+        file.read_exact_at(&mut y[..n], offset)
+            .map_err(|e| NbdError::Usage(format!("cannot read the file: {e}")))?;
         if let Some(at) = first_difference(&x[..n], &y[..n]) {
             return Ok(Some(offset + at));
         }
@@ -69,9 +70,9 @@ mod tests {
         std::fs::write(&b, &content).unwrap();
         let len = content.len() as u64;
         assert_eq!(files(&a, &b, len).unwrap(), None);
+        assert!(files(&a, &b, len + 1).is_err(), "a file that is too short is no equal");
         content[STEP + 5] = 8;
         std::fs::write(&b, &content).unwrap();
         assert_eq!(files(&a, &b, len).unwrap(), Some(STEP as u64 + 5));
-        assert!(files(&a, &b, len + 1).is_err());
     }
 }

@@ -46,7 +46,8 @@ pub fn run(args: &DemoArgs, json: bool) -> anyhow::Result<()> {
         Some(path) => path.clone(),
         None => std::env::current_exe().context("cannot find the path of this executable")?,
     };
-    let file = File::open(&path).with_context(|| format!("cannot open {}; name a readable file", path.display()))?;
+    let file =
+        File::open(&path).with_context(|| format!("cannot open {}; name a readable file", path.display()))?;
     let len = file.metadata()?.len();
     if len == 0 {
         bail!("{} is empty (or no regular file); name a file with content", path.display());
@@ -78,7 +79,10 @@ pub fn run(args: &DemoArgs, json: bool) -> anyhow::Result<()> {
     if args.keep && outcome.is_ok() {
         let dir = place.keep();
         if !json {
-            println!("\n{usage}, after: blkrepl dev --dir {} (it takes the running nodes over)", dir.display());
+            println!(
+                "\n{usage}, after: blkrepl dev --dir {} (it takes the running nodes over)",
+                dir.display()
+            );
         }
     } else if !interrupted && (outcome.is_err() || !result.ok) {
         let dir = place.keep();
@@ -110,7 +114,10 @@ impl Place {
             }
             return Ok(Self { dir: dir.clone(), temp: None });
         }
-        let temp = tempfile::Builder::new().prefix("blkrepl-demo-").tempdir().context("cannot make a temporary directory")?;
+        let temp = tempfile::Builder::new()
+            .prefix("blkrepl-demo-")
+            .tempdir()
+            .context("cannot make a temporary directory")?;
         Ok(Self { dir: temp.path().to_path_buf(), temp: Some(temp) })
     }
 
@@ -221,7 +228,8 @@ impl Demo {
             bytes(changed),
             bytes(self.size)
         ));
-        self.timeline.check(moved <= 2 * changed + (1 << 20), "the resync moved what had changed, not the volume");
+        self.timeline
+            .check(moved <= 2 * changed + (1 << 20), "the resync moved what had changed, not the volume");
         std::thread::sleep(WATCH_ROLE);
         let volume = self.volume()?;
         self.timeline.check(
@@ -273,15 +281,20 @@ impl Demo {
         self.dev.refresh()?;
         self.timeline.note("all nodes stopped");
         self.timeline.check(killed.is_empty(), "every node stopped cleanly");
-        let data: Vec<PathBuf> = self.dev.supervisor.cluster_json(self.size).nodes.into_iter().filter_map(|n| n.data).collect();
+        let data: Vec<PathBuf> =
+            self.dev.supervisor.cluster_json(self.size).nodes.into_iter().filter_map(|n| n.data).collect();
         let [a, b] = data.as_slice() else { bail!("there are not two data files") };
         let compare = |x: &Path, y: &Path, len| {
-            compare::files(x, y, len).with_context(|| format!("cannot compare {} and {}", x.display(), y.display()))
+            compare::files(x, y, len)
+                .with_context(|| format!("cannot compare {} and {}", x.display(), y.display()))
         };
         let difference = compare(a, b, self.size)?;
         self.timeline.check(
             difference.is_none(),
-            verdict(&format!("both data files ({}) are identical, byte for byte", bytes(self.size)), difference),
+            verdict(
+                &format!("both data files ({}) are identical, byte for byte", bytes(self.size)),
+                difference,
+            ),
         );
         let difference = compare(a, &self.path, self.len)?;
         self.timeline.check(difference.is_none(), verdict("the data files hold the file", difference));
@@ -336,7 +349,9 @@ impl Demo {
         let events: Vec<EventRecord> = client::ask(admin, &request, ANSWER_TIMEOUT)?;
         let moved = events
             .iter()
-            .filter(|e| e.kind == "resync_finished" && e.data.get("peer").and_then(|p| p.as_str()) == Some(target))
+            .filter(|e| {
+                e.kind == "resync_finished" && e.data.get("peer").and_then(|p| p.as_str()) == Some(target)
+            })
             .filter_map(|e| e.data.get("moved_bytes")?.as_u64())
             .sum();
         Ok(moved)

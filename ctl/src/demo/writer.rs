@@ -48,7 +48,9 @@ pub fn connect(targets: &[Target], interrupt: &Interrupt) -> anyhow::Result<(Str
             match NbdClient::connect(&target.uri, options) {
                 Ok(client) => return Ok((target.node.clone(), client)),
                 Err(error) if error.is_transient() => last = Some(error),
-                Err(error) => return Err(anyhow::Error::new(error).context(format!("{} refuses", target.node))),
+                Err(error) => {
+                    return Err(anyhow::Error::new(error).context(format!("{} refuses", target.node)));
+                }
             }
         }
         if interrupt.is_set() {

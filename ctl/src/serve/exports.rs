@@ -27,7 +27,10 @@ impl NodeExports {
     }
 
     fn node(&self) -> Result<&Arc<Node>, ExportRefusal> {
-        let node = self.node.get().ok_or_else(|| ExportRefusal::Policy("this node is starting; try again".into()))?;
+        let node = self
+            .node
+            .get()
+            .ok_or_else(|| ExportRefusal::Policy("this node is starting; try again".into()))?;
         if node.is_stopping() {
             return Err(ExportRefusal::Shutdown);
         }
@@ -42,7 +45,9 @@ fn find<'a>(state: &'a ClusterState, name: &str) -> Result<&'a VolumeRecord, Exp
         ("", n) => return Err(ExportRefusal::Unknown(format!("there are {n} volumes: name one of them"))),
         _ => all.find(|v| v.name == name),
     };
-    found.ok_or_else(|| ExportRefusal::Unknown(format!("no volume is named '{name}': look at `blkrepl volume list`")))
+    found.ok_or_else(|| {
+        ExportRefusal::Unknown(format!("no volume is named '{name}': look at `blkrepl volume list`"))
+    })
 }
 
 /// Why a volume is refused here: who is primary and where.

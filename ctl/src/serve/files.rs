@@ -106,10 +106,13 @@ pub fn open_or_create(place: &Place, wanted: &Wanted<'_>) -> Result<Opened, Open
         other_slots: slots.1,
     };
     match reactor::open(&place.paths, &expected, LOCK_WAIT_DEFAULT) {
-        Ok(volume) => Ok(Opened { name: place.name.clone(), notes: volume.image.notes.clone(), volume }),
+        // What is odd about the metadata is told by the core, as events.
+        Ok(volume) => Ok(Opened { name: place.name.clone(), volume, notes: Vec::new() }),
         // A making of the files that was interrupted: the metadata file comes last, and nothing was ever
         // written to the data file. The engine refuses to take over a data file with content.
-        Err(reactor::OpenError::Missing { part: reactor::Part::Meta, .. }) if is_unwritten(&place.paths.data) => {
+        Err(reactor::OpenError::Missing { part: reactor::Part::Meta, .. })
+            if is_unwritten(&place.paths.data) =>
+        {
             create(place, wanted)
         }
         Err(error) => Err(error.into()),
@@ -146,7 +149,8 @@ pub fn create(place: &Place, wanted: &Wanted<'_>) -> Result<Opened, OpenError> {
     let mut notes = vec![format!("new files for the replica: {}", place.paths.data.display())];
     let lost = wanted.view.replica(wanted.me.node).is_some_and(|r| r.last_member.is_some());
     if lost {
-        notes.push("this node held a replica before and its files are gone: everything is copied".to_string());
+        notes
+            .push("this node held a replica before and its files are gone: everything is copied".to_string());
     }
     Ok(Opened { name: place.name.clone(), volume, notes })
 }
@@ -227,10 +231,16 @@ pub fn check_absent(place: &Place) -> Result<(), OpenError> {
 ///
 /// # Errors
 /// [`ReactorError`].
-pub fn start(opened: Opened, me: Member, os_boot: u128, hooks: Box<Hooks>) -> Result<VolumeHandle, ReactorError> {
+pub fn start(
+    opened: Opened,
+    me: Member,
+    os_boot: u128,
+    hooks: Box<Hooks>,
+) -> Result<VolumeHandle, ReactorError> {
     let Opened { name, volume, .. } = opened;
     let OpenVolume { files, image, identity_changed } = volume;
-    let core = move |now: Nanos| Replica::new(Boot { me, os_boot, image, data_replaced: identity_changed, now });
+    let core =
+        move |now: Nanos| Replica::new(Boot { me, os_boot, image, data_replaced: identity_changed, now });
     reactor::spawn(core, files, hooks, ReactorOptions::new(&name))
 }
 

@@ -160,5 +160,6 @@ fn control_options(config: &NodeConfig) -> ControlOptions {
 fn os_boot_id() -> anyhow::Result<u128> {
     let path = "/proc/sys/kernel/random/boot_id";
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
-    u128::from_str_radix(&text.trim().replace('-', ""), 16).with_context(|| format!("{path} holds no boot id"))
+    u128::from_str_radix(&text.trim().replace('-', ""), 16)
+        .with_context(|| format!("{path} holds no boot id"))
 }

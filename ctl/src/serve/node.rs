@@ -346,8 +346,11 @@ impl Node {
             let slot = volumes.get_mut(&id).ok_or("this node has no replica of the volume")?;
             match &slot.phase {
                 Phase::Opening => return Err("its files are being opened; try again in a moment".to_string()),
-                Phase::Running(r) if r.handle.status().failure.is_none() && !r.handle.is_stopped() && !discard => {
-                    return Err("the replica here works; add --discard-data to throw it away all the same".to_string());
+                Phase::Running(r)
+                    if r.handle.status().failure.is_none() && !r.handle.is_stopped() && !discard =>
+                {
+                    return Err("the replica here works; add --discard-data to throw it away all the same"
+                        .to_string());
                 }
                 _ => {}
             }
@@ -374,7 +377,8 @@ impl Node {
             }
         }
         let place = files::Place::of(&self.config, name);
-        if discard { files::remove(&place) } else { files::check_absent(&place) }.map_err(|e: OpenError| e.to_string())
+        if discard { files::remove(&place) } else { files::check_absent(&place) }
+            .map_err(|e: OpenError| e.to_string())
     }
 
     /// Stops every volume cleanly; names those that did not manage within `limit`.

@@ -134,7 +134,10 @@ fn judge(hello: &Hello, gate: &dyn PeerGate) -> (HelloReply, Option<Established>
     let reply = hello.answer(&own);
     let HelloAnswer::Accepted(version) = reply.answer else { return (reply, None) };
     if hello.node > node {
-        let text = format!("{} dials {}: the node with the lower id dials; both must run one version of blkrepl", hello.node, node);
+        let text = format!(
+            "{} dials {}: the node with the lower id dials; both must run one version of blkrepl",
+            hello.node, node
+        );
         return (HelloReply::refuse(&own, Refusal::Sender, &text), None);
     }
     match gate.local_end(hello) {

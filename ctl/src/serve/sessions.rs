@@ -101,8 +101,11 @@ impl Inner {
     async fn dial(&self, peer: NodeId) -> Result<(Established, std::net::TcpStream), String> {
         let state = self.node.state();
         let record = state.nodes.get(&peer).ok_or("the node is not in the cluster")?;
-        let addr: SocketAddr =
-            record.addrs.peer.parse().map_err(|_| format!("its peer address '{}' is not IP:PORT", record.addrs.peer))?;
+        let addr: SocketAddr = record
+            .addrs
+            .peer
+            .parse()
+            .map_err(|_| format!("its peer address '{}' is not IP:PORT", record.addrs.peer))?;
         let local = local_end(&self.node, &state, self.volume).ok_or("the cluster is not formed")?;
         let (established, stream) = peers::dial(addr, &local, peer).await.map_err(|e| e.to_string())?;
         check_incarnation(&self.node.state(), established.node, established.incarnation)?;
@@ -125,9 +128,11 @@ fn local_end(node: &Node, state: &ClusterState, volume: VolumeId) -> Option<Loca
 /// view lagging behind; the core judges it by the config.
 fn check_incarnation(state: &ClusterState, node: NodeId, given: Incarnation) -> Result<(), String> {
     match state.newest(node) {
-        Some(newest) if given.boot < newest.boot || (given.boot == newest.boot && given != newest) => Err(format!(
-            "{node} runs as incarnation {given}, but {newest} has registered since: end the older process"
-        )),
+        Some(newest) if given.boot < newest.boot || (given.boot == newest.boot && given != newest) => {
+            Err(format!(
+                "{node} runs as incarnation {given}, but {newest} has registered since: end the older process"
+            ))
+        }
         _ => Ok(()),
     }
 }
@@ -142,7 +147,10 @@ impl PeerGate for Node {
         let Some(record) = state.volumes.get(&hello.volume) else {
             return Err((
                 Refusal::Volume,
-                format!("{} does not know volume {}: look at `blkrepl volume list`", self.config.name, hello.volume),
+                format!(
+                    "{} does not know volume {}: look at `blkrepl volume list`",
+                    self.config.name, hello.volume
+                ),
             ));
         };
         if record.replica(hello.node).is_none() {

@@ -113,8 +113,8 @@ impl Gathered<'_> {
         let own_status = own.and_then(|o| o.status.as_ref());
         let is_primary = v.primary.is_some_and(|p| p.node == node);
         let seen: Option<&PeerStatus> = primary.and_then(|p| p.peers.iter().find(|s| s.node == node));
-        let failure = own
-            .and_then(|o| o.failure.clone().or_else(|| o.status.as_ref().and_then(|s| s.failure.clone())));
+        let failure =
+            own.and_then(|o| o.failure.clone().or_else(|| o.status.as_ref().and_then(|s| s.failure.clone())));
         let member = v.member(node).is_some();
         let state = if failure.is_some() {
             ReplicaState::Failed
@@ -173,7 +173,9 @@ impl Gathered<'_> {
         };
         let name = node_name(self.state, named.node);
         if primary.is_some() {
-            return Some(format!("{name} is primary but does not serve yet: it reconciles, moves, or has no lease"));
+            return Some(format!(
+                "{name} is primary but does not serve yet: it reconciles, moves, or has no lease"
+            ));
         }
         let gone: Vec<NodeId> =
             v.in_sync.iter().map(|m| m.node).filter(|n| !self.answers.contains_key(n)).collect();
@@ -217,5 +219,158 @@ fn durability_word(d: Durability) -> DurabilityWord {
     match d {
         Durability::Flush => DurabilityWord::Flush,
         Durability::Always => DurabilityWord::Always,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blkrepl_engine::control::{NodeAddrs, StoreId};
+    use blkrepl_engine::types::{
+        ClusterId, Epoch, Geometry, Health, Incarnation, LineageId, LogIndex, Member, Reign, ReplicaReport,
+        ReplicaSlot, ReplicaView as CommittedReplica, ResyncProgress, Role, SlotSet, SuperblockTrust,
+        VolumeSettings,
+    };
+
+    use super::*;
+
+    const VOLUME: VolumeId = VolumeId(1);
+
+    fn member(node: u64) -> Member {
+        Member { node: NodeId(node), incarnation: Incarnation { boot: 1, nonce: node } }
+    }
+
+    /// n1 and n2 hold replicas, n3 is the witness; n1 is primary.
+    fn cluster(in_sync: &[u64]) -> ClusterState {
+        let mut state = ClusterState { cluster: Some(ClusterId(5)), ..ClusterState::default() };
+        for id in 1..=3 {
+            let record = NodeRecord {
+                id: NodeId(id),
+                name: format!("n{id}"),
+                kind: if id == 3 { NodeKind::Witness } else { NodeKind::Data },
+                addrs: NodeAddrs { nbd: format!("10.0.0.{id}:10809"), ..NodeAddrs::default() },
+                store: StoreId(u128::from(id)),
+                incarnation: Some(member(id).incarnation),
+                os_boot: 0,
+            };
+            state.nodes.insert(record.id, record);
+        }
+        let replica = |node: u64, slot| CommittedReplica {
+            node: NodeId(node),
+            slot: ReplicaSlot(slot),
+            last_member: Some(member(node).incarnation),
+        };
+        let volume = VolumeRecord {
+            id: VOLUME,
+            name: "vol0".into(),
+            geometry: Geometry::new(1 << 30, 4096, 1 << 20).unwrap(),
+            settings: VolumeSettings::default(),
+            replicas: vec![replica(1, 0), replica(2, 1)],
+            slots_used: SlotSet(3),
+            epoch: Epoch(4),
+            reign: Reign(3),
+            primary: Some(member(1)),
+            primary_last: Some(member(1)),
+            demoted: false,
+            in_sync: in_sync.iter().map(|n| member(*n)).collect(),
+            continued_from: Vec::new(),
+            lineage: LineageId(9),
+            history: Vec::new(),
+            index: LogIndex(7),
+        };
+        state.volumes.insert(VOLUME, volume);
+        state
+    }
+
+    fn own(node: u64, serving: bool, peers: Vec<PeerStatus>) -> OwnReplicas {
+        let report = ReplicaReport {
+            trust: SuperblockTrust::Sound,
+            epoch: Epoch(4),
+            reign: Reign(3),
+            lineage: LineageId(9),
+            member: None,
+            inconsistent: false,
+            clean: false,
+            same_os_boot: true,
+        };
+        let status = ReplicaStatus {
+            node: NodeId(node),
+            epoch: Epoch(4),
+            reign: Reign(3),
+            role: if serving { Role::Primary } else { Role::Secondary },
+            state: ReplicaState::InSync,
+            health: Health::Healthy,
+            serving,
+            writes_acked: 5,
+            intent_regions: 1,
+            peers,
+            report,
+            failure: None,
+        };
+        OwnReplicas { replicas: vec![OwnReplica { volume: VOLUME, status: Some(status), failure: None }] }
+    }
+
+    fn view(state: &ClusterState, me: u64, answers: Vec<(u64, OwnReplicas)>) -> StatusView {
+        let answers = answers.into_iter().map(|(n, a)| (NodeId(n), a)).collect();
+        Gathered { state, me: NodeId(me), my_name: "me", leader: Some(NodeId(3)), answers }.view()
+    }
+
+    #[test]
+    fn the_primarys_word_counts_whoever_is_asked() {
+        let state = cluster(&[1]);
+        let progress = ResyncProgress { done_bytes: 10, total_bytes: 30, moved_bytes: 10, bytes_per_s: 10 };
+        let peer = PeerStatus {
+            node: NodeId(2),
+            connected: true,
+            state: ReplicaState::Resyncing,
+            dirty_bytes: 20,
+            resync: Some(progress),
+        };
+        let answers = vec![(1, own(1, true, vec![peer])), (2, own(2, false, vec![]))];
+        for me in [1, 2] {
+            let v = &view(&state, me, answers.clone()).volumes[0];
+            assert!(v.serving && v.degraded && v.note.is_none());
+            assert_eq!((v.primary.as_deref(), v.in_sync.as_slice()), (Some("n1"), &["n1".to_string()][..]));
+            let r = &v.replicas[1];
+            assert_eq!((r.state.as_str(), r.dirty_bytes), ("resyncing", Some(20)));
+            assert_eq!(r.resync.unwrap().eta_s, Some(2));
+            assert_eq!((v.replicas[0].role.as_str(), v.replicas[0].dirty_bytes), ("primary", Some(0)));
+        }
+    }
+
+    #[test]
+    fn a_silent_primary_is_disconnected_and_the_note_says_what_happens() {
+        let state = cluster(&[1, 2]);
+        let v = view(&state, 2, vec![(2, own(2, false, vec![]))]);
+        assert!(!v.nodes[0].reachable && v.nodes[1].reachable);
+        let v = &v.volumes[0];
+        assert!(!v.serving);
+        assert_eq!(v.replicas[0].state, "disconnected");
+        assert!(
+            v.note.as_deref().is_some_and(|n| n.contains("waiting for an in-sync replica")),
+            "{:?}",
+            v.note
+        );
+        let alone = view(&cluster(&[1]), 2, vec![(2, own(2, false, vec![]))]);
+        assert!(alone.volumes[0].note.as_deref().is_some_and(|n| n.contains("promote vol0 --force")));
+        assert_eq!(alone.volumes[0].replicas[1].dirty_bytes, None, "nobody who knows answered");
+    }
+
+    #[test]
+    fn a_replica_that_cannot_be_opened_is_failed_with_its_reason() {
+        let state = cluster(&[1]);
+        let failed = OwnReplicas {
+            replicas: vec![OwnReplica { volume: VOLUME, status: None, failure: Some("truncated".into()) }],
+        };
+        let v = view(&state, 2, vec![(1, own(1, true, vec![])), (2, failed)]);
+        let r = &v.volumes[0].replicas[1];
+        assert_eq!((r.state.as_str(), r.failure.as_deref()), ("failed", Some("truncated")));
+    }
+
+    #[test]
+    fn a_primary_that_restarted_is_not_taken_for_serving_r2() {
+        let mut state = cluster(&[1]);
+        state.nodes.get_mut(&NodeId(1)).unwrap().incarnation = Some(Incarnation { boot: 2, nonce: 2 });
+        let v = view(&state, 2, vec![(1, own(1, true, vec![]))]);
+        assert!(!v.volumes[0].serving);
     }
 }
