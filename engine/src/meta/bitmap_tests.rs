@@ -425,6 +425,25 @@ fn the_write_after_damage_also_beats_what_was_unreadable_only_for_a_while() {
 }
 
 #[test]
+fn the_write_after_reading_goes_to_the_slot_with_fewer_pages_in_force() {
+    let (mut bitmap, mut disk) = saved(9000);
+    let newest = disk.read(DIRTY, 9000, VOLUME).0.encode_group(0).0;
+    assert_eq!(newest, bitmap.place.group_offset(0, 0), "slot 1 was written last");
+    bitmap.clear_all();
+    let write = bitmap.encode_group(0);
+    for landed in 0..=PAGES_PER_GROUP {
+        let fates: Vec<_> =
+            (0..PAGES_PER_GROUP).map(|page| if page < landed { Fate::Lands } else { Fate::Lost }).collect();
+        let mut torn = disk.clone();
+        torn.write_torn(&write, &fates);
+        let offset = torn.read(DIRTY, 9000, VOLUME).0.encode_group(0).0;
+        assert_eq!(offset, bitmap.place.group_offset(0, u8::from(landed > 4)), "{landed} landed");
+    }
+    disk.write(&write);
+    assert_eq!(disk.read(DIRTY, 9000, VOLUME).0.count(), 0);
+}
+
+#[test]
 fn damage_in_both_slots_takes_two_writes_to_heal_and_reads_all_set_until_then() {
     let (bitmap, mut disk) = saved(8000);
     disk.at(bitmap.place.group_offset(0, 0), 512).fill(0xff);

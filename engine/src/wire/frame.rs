@@ -12,8 +12,8 @@ use super::body::{
 use super::config::{decode_config, encode_config};
 use super::cursor::Cursor;
 use super::kind::{
-    BlocksUse, BodyRule, FAILED_REASON_MAX, FLAG_CONTENT, FLAG_DRAIN, FLAG_DURABLE, FLAG_FOREIGN, FLAG_LAST,
-    FrameKind, RUN_LEN,
+    BlocksUse, BodyRule, FAILED_REASON_MAX, FLAG_CONTENT, FLAG_DRAIN, FLAG_DURABLE, FLAG_EVERYTHING,
+    FLAG_FOREIGN, FLAG_LAST, FrameKind, RUN_LEN,
 };
 use super::message::{BufId, PAYLOAD_BYTES_MAX, Payload, PeerMsg, WriteSeq};
 use super::{CONTENT_BLOCKS_MAX, INLINE_BYTES_MAX, RUNS_MAX, VOLUME_BLOCKS_MAX, WireError};
@@ -424,6 +424,7 @@ impl FrameHeader {
                 reign,
                 epoch: Epoch(self.index),
                 send_foreign: self.flags & FLAG_FOREIGN != 0,
+                everything: self.flags & FLAG_EVERYTHING != 0,
             },
             FrameKind::ResyncReady => PeerMsg::ResyncReady { reign },
             FrameKind::Compare => PeerMsg::Compare { reign, id, blocks, hashes: decode_hashes(body)? },
@@ -432,7 +433,7 @@ impl FrameHeader {
             }
             FrameKind::CopyZero => PeerMsg::CopyZero { reign, id, blocks },
             FrameKind::CopyAck => PeerMsg::CopyAck { reign, id },
-            FrameKind::JoinFlush => PeerMsg::JoinFlush { reign, id },
+            FrameKind::JoinFlush => PeerMsg::JoinFlush { reign, id, through: WriteSeq(self.index) },
             FrameKind::JoinFlushAck => PeerMsg::JoinFlushAck { reign, id },
             FrameKind::ReadRequest => PeerMsg::ReadRequest { reign, id, blocks },
             FrameKind::ReadReply => PeerMsg::ReadReply { reign, id, payload: None },
@@ -469,13 +470,16 @@ fn header_of(msg: &PeerMsg) -> FrameHeader {
         PeerMsg::Flush { reign, id }
         | PeerMsg::FlushAck { reign, id }
         | PeerMsg::CopyAck { reign, id }
-        | PeerMsg::JoinFlush { reign, id }
         | PeerMsg::JoinFlushAck { reign, id } => blank.numbered(*reign, *id),
         PeerMsg::Stable { reign, through, drain } => {
             blank.numbered(*reign, through.0).flag(FLAG_DRAIN, *drain)
         }
-        PeerMsg::ResyncStart { reign, epoch, send_foreign } => {
-            let header = blank.fenced(*reign).flag(FLAG_FOREIGN, *send_foreign);
+        PeerMsg::JoinFlush { reign, id, through } => {
+            FrameHeader { index: through.0, ..blank.numbered(*reign, *id) }
+        }
+        PeerMsg::ResyncStart { reign, epoch, send_foreign, everything } => {
+            let header = blank.fenced(*reign);
+            let header = header.flag(FLAG_FOREIGN, *send_foreign).flag(FLAG_EVERYTHING, *everything);
             FrameHeader { index: epoch.0, ..header }
         }
         PeerMsg::Compare { reign, id, blocks, hashes } => {

@@ -148,3 +148,23 @@ fn a_hello_and_a_refusal() {
     expected.extend_from_slice(&bytes(&["6dff42d7"]));
     assert_eq!(reply[..], expected);
 }
+
+#[test]
+fn the_document_lists_every_kind_and_limit() {
+    let text = include_str!("../../../docs/protocol.md");
+    for kind in FrameKind::ALL {
+        let row = format!("\n| {} | {kind} | ", kind.number());
+        assert!(text.contains(&row), "no row for {kind} in docs/protocol.md");
+    }
+    for limit in [
+        format!("content of one frame | {PAYLOAD_BYTES_MAX} bytes"),
+        format!("ReadRequest | 1 to {CONTENT_BLOCKS_MAX} |"),
+        format!("runs in one message | {RUNS_MAX} |"),
+        format!("| {FAILED_REASON_MAX} / {HELLO_REASON_MAX} bytes |"),
+        format!("**Hello**, {HELLO_LEN} bytes"),
+        format!("**HelloReply**, {HELLO_REPLY_LEN} bytes"),
+    ] {
+        assert!(text.contains(&limit), "docs/protocol.md does not say: {limit}");
+    }
+    assert_eq!((VOLUME_BLOCKS_MAX, REGIONS_MAX, INLINE_BYTES_MAX), (1 << 34, 1 << 30, 2 << 20));
+}

@@ -118,7 +118,7 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// Its number on the wire; 0 would be acceptance and is never returned but for `Other(0)`.
+    /// Its number on the wire; never 0, which means acceptance.
     #[must_use]
     pub fn number(self) -> u16 {
         match self {
@@ -130,6 +130,8 @@ impl Refusal {
             Self::Incarnation => 6,
             Self::NotReady => 7,
             Self::Malformed => 8,
+            // A refusal is never mistaken for acceptance, whatever it was made from.
+            Self::Other(0) => u16::MAX,
             Self::Other(number) => number,
         }
     }
@@ -497,6 +499,7 @@ mod tests {
     fn a_longest_reason_survives_and_a_longer_one_is_cut() {
         let reply = HelloReply::refuse(&local(2), Refusal::Other(77), &"\u{e9}".repeat(400));
         assert_eq!(HelloReply::decode(&reply.encode()).unwrap(), reply);
+        assert_ne!(Refusal::Other(0).number(), 0);
         let HelloAnswer::Refused { reason, .. } = reply.answer else { panic!("a refusal") };
         assert_eq!(reason.len(), HELLO_REASON_MAX);
     }

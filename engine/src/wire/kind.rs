@@ -21,6 +21,8 @@ pub(super) const FLAG_DRAIN: u8 = 1 << 2;
 pub(super) const FLAG_FOREIGN: u8 = 1 << 3;
 /// Content follows (read reply).
 pub(super) const FLAG_CONTENT: u8 = 1 << 4;
+/// ResyncStart: everything is compared or copied.
+pub(super) const FLAG_EVERYTHING: u8 = 1 << 5;
 
 /// Longest reason of a `Failed` message in bytes.
 pub const FAILED_REASON_MAX: u32 = 1024;
@@ -216,14 +218,14 @@ impl FrameKind {
             Self::Runs => Shape { selector: true, flags: FLAG_LAST, body: BodyRule::Runs, ..Shape::FENCED },
             Self::Write => Shape { blocks: BlocksUse::OnePayload, body: BodyRule::Content, ..Shape::WRITE },
             Self::Zero => Shape::WRITE,
-            Self::WriteAck
-            | Self::Flush
-            | Self::FlushAck
-            | Self::CopyAck
-            | Self::JoinFlush
-            | Self::JoinFlushAck => Shape::NUMBERED,
+            Self::WriteAck | Self::Flush | Self::FlushAck | Self::CopyAck | Self::JoinFlushAck => {
+                Shape::NUMBERED
+            }
+            Self::JoinFlush => Shape { index: true, ..Shape::NUMBERED },
             Self::Stable => Shape { flags: FLAG_DRAIN, ..Shape::NUMBERED },
-            Self::ResyncStart => Shape { index: true, flags: FLAG_FOREIGN, ..Shape::FENCED },
+            Self::ResyncStart => {
+                Shape { index: true, flags: FLAG_FOREIGN | FLAG_EVERYTHING, ..Shape::FENCED }
+            }
             Self::Compare => {
                 Shape { blocks: BlocksUse::OnePayload, body: BodyRule::Hashes, ..Shape::NUMBERED }
             }

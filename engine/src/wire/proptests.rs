@@ -249,13 +249,16 @@ fn small_message_of(kind: FrameKind) -> BoxedStrategy<(PeerMsg, Vec<u8>)> {
                 FrameKind::Flush => PeerMsg::Flush { reign, id },
                 FrameKind::FlushAck => PeerMsg::FlushAck { reign, id },
                 FrameKind::Stable => PeerMsg::Stable { reign, through: WriteSeq(id), drain: flag },
-                FrameKind::ResyncStart => {
-                    PeerMsg::ResyncStart { reign, epoch: Epoch(epoch), send_foreign: flag }
-                }
+                FrameKind::ResyncStart => PeerMsg::ResyncStart {
+                    reign,
+                    epoch: Epoch(epoch),
+                    send_foreign: flag,
+                    everything: epoch % 3 == 0,
+                },
                 FrameKind::ResyncReady => PeerMsg::ResyncReady { reign },
                 FrameKind::CopyZero => PeerMsg::CopyZero { reign, id, blocks: any_blocks },
                 FrameKind::CopyAck => PeerMsg::CopyAck { reign, id },
-                FrameKind::JoinFlush => PeerMsg::JoinFlush { reign, id },
+                FrameKind::JoinFlush => PeerMsg::JoinFlush { reign, id, through: WriteSeq(epoch) },
                 FrameKind::JoinFlushAck => PeerMsg::JoinFlushAck { reign, id },
                 FrameKind::ReadRequest => PeerMsg::ReadRequest { reign, id, blocks: few_blocks },
                 FrameKind::Ping => PeerMsg::Ping,
