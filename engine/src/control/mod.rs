@@ -11,16 +11,26 @@
 pub mod apply;
 pub mod codec;
 pub mod command;
+mod error;
 pub mod failover;
 #[cfg(test)]
 mod failover_tests;
 #[cfg(test)]
 mod fixture;
 pub mod lease;
+mod network;
+mod node;
+mod raft;
+mod random;
+mod rpc;
 pub mod state;
+mod store;
 
 pub use apply::{apply, apply_under};
 pub use command::{Applied, ClusterOp, Command, Leadership, Prepared, RequestId};
+pub use error::{CallError, ControlError, SubmitError};
 pub use failover::{Decisions, Failover, NodeReport, Reports, VolumeReport};
 pub use lease::{Grant, LeaseSnapshot, LeaseTable, LeaseView, NodeLease};
+pub use node::{AdminHandler, Control, ControlOptions, Founder, LeaderView, boot_time, init, start};
+pub use rpc::ADMIN_BYTES_MAX;
 pub use state::{ClusterState, NodeAddrs, NodeKind, NodeRecord, StoreId, VolumeRecord};

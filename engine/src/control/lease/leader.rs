@@ -191,7 +191,9 @@ impl LeaseTable {
         if state.has_restarted(member) {
             return true;
         }
-        if self.leadership.is_none() || now < self.quiet_until(state.lease_longest) {
+        // What is not applied yet may hold a longer lease than the state knows.
+        let settled = self.leadership.is_some() && state.applied >= self.must_apply;
+        if !settled || now < self.quiet_until(state.lease_longest) {
             return false;
         }
         let granted = self.grants.get(&member.node).map_or(Nanos(0), |g| g.until);

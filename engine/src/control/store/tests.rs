@@ -1,0 +1,292 @@
+//! The store against openraft's own suite, against disks that fail at every write, and against missing,
+//! foreign and rolled back files.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use openraft::entry::RaftEntry;
+use openraft::testing::{StoreBuilder, Suite};
+use redb::{BackendError, StorageBackend};
+
+use crate::types::{ClusterId, LogIndex, NodeId};
+
+use super::super::error::ControlError;
+use super::super::raft::{Entry, LogId, StorageError, TypeConfig, Vote};
+use super::super::state::StoreId;
+use super::*;
+
+fn log_id(term: u64, index: u64) -> LogId {
+    LogId::new(openraft::CommittedLeaderId::new(term, 1), index)
+}
+
+fn entry(term: u64, index: u64) -> (u64, Vec<u8>) {
+    let entry = Entry::new_blank(log_id(term, index));
+    (index, super::super::codec::encode(&entry).unwrap())
+}
+
+struct Builder;
+
+impl StoreBuilder<TypeConfig, StoreHandle, StateMachine, tempfile::TempDir> for Builder {
+    async fn build(&self) -> Result<(tempfile::TempDir, StoreHandle, StateMachine), StorageError> {
+        let dir = tempfile::tempdir().unwrap();
+        create(dir.path(), NodeId(1)).unwrap();
+        let opened = open(dir.path(), NodeId(1)).unwrap();
+        let (handle, _) = StoreHandle::start(opened.db).unwrap();
+        let (machine, _) = StateMachine::load(handle.clone()).await.unwrap();
+        Ok((dir, handle, machine))
+    }
+}
+
+#[test]
+fn the_store_passes_openrafts_suite() {
+    Suite::test_all(Builder).unwrap();
+}
+
+/// A disk: what is durable, and what was written since the last sync, in order.
+#[derive(Debug, Default)]
+struct Disk {
+    durable: Vec<u8>,
+    volatile: Vec<u8>,
+    unsynced: Vec<(u64, Vec<u8>)>,
+    /// Operations left until everything fails; `None` never fails.
+    left: Option<u64>,
+    ops: u64,
+}
+
+impl Disk {
+    fn step(&mut self) -> io::Result<()> {
+        self.ops += 1;
+        match &mut self.left {
+            Some(0) => Err(io::Error::other("the disk failed")),
+            Some(n) => {
+                *n -= 1;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The power fails: of what was not synced, the writes that `keep` says survive, in order.
+    fn crash(&mut self, keep: impl Fn(usize) -> bool) {
+        for (i, (offset, data)) in std::mem::take(&mut self.unsynced).into_iter().enumerate() {
+            if keep(i) {
+                let end = offset as usize + data.len();
+                if self.durable.len() < end {
+                    self.durable.resize(end, 0);
+                }
+                self.durable[offset as usize..end].copy_from_slice(&data);
+            }
+        }
+        self.volatile = self.durable.clone();
+        self.left = None;
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+struct FaultBackend(Arc<Mutex<Disk>>);
+
+impl StorageBackend for FaultBackend {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.lock().unwrap().volatile.len() as u64)
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        let disk = self.0.lock().unwrap();
+        let end = offset as usize + out.len();
+        let Some(data) = disk.volatile.get(offset as usize..end) else {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        };
+        out.copy_from_slice(data);
+        Ok(())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let mut disk = self.0.lock().unwrap();
+        disk.step()?;
+        disk.volatile.resize(len as usize, 0);
+        // A file's length is taken to be durable at once; its content is not.
+        disk.durable.resize(len as usize, 0);
+        disk.unsynced.retain(|(offset, data)| offset + data.len() as u64 <= len);
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let mut disk = self.0.lock().unwrap();
+        disk.step()?;
+        disk.durable = disk.volatile.clone();
+        disk.unsynced.clear();
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let mut disk = self.0.lock().unwrap();
+        let failed = disk.step();
+        // A write that fails may have got half of its bytes down.
+        let data = if failed.is_err() { &data[..data.len() / 2] } else { data };
+        let end = offset as usize + data.len();
+        if disk.volatile.len() < end {
+            disk.volatile.resize(end, 0);
+        }
+        disk.volatile[offset as usize..end].copy_from_slice(data);
+        disk.unsynced.push((offset, data.to_vec()));
+        failed
+    }
+
+    fn try_lock_range(&self, _: std::ops::Bound<u64>, _: std::ops::Bound<u64>) -> Result<bool, BackendError> {
+        Ok(true)
+    }
+
+    fn unlock_range(&self, _: std::ops::Bound<u64>, _: std::ops::Bound<u64>) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+/// What was answered as done, and what may or may not have been.
+#[derive(Debug, Default)]
+struct Promised {
+    vote: Option<Vote>,
+    entries: BTreeMap<u64, u64>,
+    applied: LogIndex,
+    /// The operation that failed.
+    doubt: Option<usize>,
+}
+
+/// Runs a fixed script until the first failure.
+fn script(db: &Db) -> Promised {
+    let mut p = Promised::default();
+    let mut machine = Machine::default();
+    for i in 0..24u64 {
+        let term = 1 + i / 8;
+        let done = match i % 4 {
+            0 => {
+                let vote = Vote::new(term, i);
+                db.set_vote(&vote).map(|()| p.vote = Some(vote))
+            }
+            1 | 2 => {
+                let next = p.entries.last_key_value().map_or(1, |(index, _)| index + 1);
+                let batch: Vec<_> = (next..next + 3).map(|index| entry(term, index)).collect();
+                db.append(&batch).map(|()| p.entries.extend((next..next + 3).map(|index| (index, term))))
+            }
+            _ if i == 11 => {
+                let last = *p.entries.last_key_value().unwrap().0;
+                db.truncate(last).map(|()| {
+                    p.entries.remove(&last);
+                })
+            }
+            _ => {
+                machine.state.applied = LogIndex(i);
+                db.set_machine(&machine).map(|()| p.applied = LogIndex(i))
+            }
+        };
+        if done.is_err() {
+            p.doubt = Some(i as usize);
+            return p;
+        }
+    }
+    p
+}
+
+fn check(p: &Promised, db: &Db, context: &str) {
+    // The failed operation may have taken effect, whole.
+    let doubt = p.doubt.map(|i| i % 4);
+    let vote = db.vote().unwrap();
+    assert!(vote == p.vote || (doubt == Some(0) && vote > p.vote), "{context}: vote {vote:?}, {p:?}");
+    let entries: BTreeMap<u64, u64> =
+        db.entries(..).unwrap().iter().map(|e| (e.log_id.index, e.log_id.leader_id.term)).collect();
+    let mut promised = p.entries.clone();
+    let same = match (doubt, p.doubt) {
+        (Some(1 | 2), _) => {
+            let extra = entries.len() - promised.len().min(entries.len());
+            (extra == 0 || extra == 3) && promised.iter().all(|(i, t)| entries.get(i) == Some(t))
+        }
+        (_, Some(11)) if entries.len() + 1 == promised.len() => {
+            promised.pop_last();
+            promised == entries
+        }
+        _ => promised == entries,
+    };
+    assert!(same, "{context}: {entries:?}, {p:?}");
+    let applied = db.machine().unwrap().state.applied;
+    assert!(applied == p.applied || (doubt == Some(3) && applied > p.applied), "{context}: {applied}");
+}
+
+#[test]
+fn r13_a_store_whose_disk_fails_at_any_write_never_loses_what_it_acknowledged() {
+    let identity = StoreIdentity { store: StoreId(1), node: NodeId(1) };
+    let fresh = FaultBackend::default();
+    drop(Db::create_on(fresh.clone(), identity).unwrap());
+    let base = fresh.0.lock().unwrap().volatile.clone();
+    let run = |left: Option<u64>| {
+        let disk = Disk { durable: base.clone(), volatile: base.clone(), ..Disk::default() };
+        let backend = FaultBackend(Arc::new(Mutex::new(disk)));
+        let db = Db::open_on(backend.clone()).unwrap();
+        backend.0.lock().unwrap().ops = 0;
+        backend.0.lock().unwrap().left = left;
+        let promised = script(&db);
+        let ops = backend.0.lock().unwrap().ops;
+        // The crash comes before redb can tidy up.
+        std::mem::forget(db);
+        (backend, promised, ops)
+    };
+    let (_, whole, ops) = run(None);
+    assert!(whole.doubt.is_none() && ops > 50, "{ops} operations");
+    for n in 0..ops {
+        for (name, keep) in [
+            ("nothing", (|_| false) as fn(usize) -> bool),
+            ("everything", |_| true),
+            ("odd writes", |i| i % 2 == 1),
+            ("even writes", |i| i % 2 == 0),
+        ] {
+            let (backend, promised, _) = run(Some(n));
+            assert!(promised.doubt.is_some());
+            backend.0.lock().unwrap().crash(keep);
+            let db = Db::open_on(backend).unwrap_or_else(|e| panic!("failure {n}, kept {name}: {e}"));
+            check(&promised, &db, &format!("failure {n}, kept {name}"));
+        }
+    }
+}
+
+#[test]
+fn r13_a_store_is_never_created_by_opening_nor_over_another() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(matches!(open(dir.path(), NodeId(1)), Err(ControlError::Missing(_))));
+    assert!(!store_path(dir.path()).exists());
+    let id = create(dir.path(), NodeId(1)).unwrap();
+    assert!(matches!(create(dir.path(), NodeId(1)), Err(ControlError::Exists(_))));
+    assert!(matches!(open(dir.path(), NodeId(2)), Err(ControlError::OtherNode { .. })));
+    let opened = open(dir.path(), NodeId(1)).unwrap();
+    assert_eq!((opened.identity.store, opened.incarnation.boot, opened.cluster), (id, 1, None));
+    assert!(matches!(open(dir.path(), NodeId(1)), Err(ControlError::InUse(_))));
+    opened.db.adopt_cluster(ClusterId(5)).unwrap();
+    opened.db.adopt_cluster(ClusterId(6)).unwrap_err();
+    drop(opened);
+    let again = open(dir.path(), NodeId(1)).unwrap();
+    assert_eq!((again.incarnation.boot, again.cluster), (2, Some(ClusterId(5))));
+}
+
+#[test]
+fn r13_a_store_that_was_rolled_back_damaged_or_mixed_up_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    create(dir.path(), NodeId(1)).unwrap();
+    let path = store_path(dir.path());
+    drop(open(dir.path(), NodeId(1)).unwrap());
+    let backup = fs::read(&path).unwrap();
+    drop(open(dir.path(), NodeId(1)).unwrap());
+    let current = fs::read(&path).unwrap();
+    fs::write(&path, &backup).unwrap();
+    assert!(matches!(open(dir.path(), NodeId(1)), Err(ControlError::RolledBack { store: 1, file: 2, .. })));
+    fs::write(&path, b"").unwrap();
+    assert!(matches!(open(dir.path(), NodeId(1)), Err(ControlError::Damaged { .. })));
+    fs::write(&path, vec![0x55; current.len()]).unwrap();
+    assert!(matches!(open(dir.path(), NodeId(1)), Err(ControlError::Damaged { .. })));
+    fs::write(&path, &current).unwrap();
+    drop(open(dir.path(), NodeId(1)).unwrap());
+    // The boot file of another store, and none.
+    let other = tempfile::tempdir().unwrap();
+    create(other.path(), NodeId(1)).unwrap();
+    fs::copy(boot::path(other.path()), boot::path(dir.path())).unwrap();
+    assert!(matches!(open(dir.path(), NodeId(1)), Err(ControlError::Damaged { .. })));
+    fs::remove_file(boot::path(dir.path())).unwrap();
+    assert!(matches!(open(dir.path(), NodeId(1)), Err(ControlError::Damaged { .. })));
+}
