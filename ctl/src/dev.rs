@@ -74,25 +74,25 @@ impl DevCluster {
         self.supervisor.nodes.iter().position(|n| n.config.name == name)
     }
 
-    /// Status from any node that answers; nodes that run first.
+    /// Status from a node that answers; one that knows the Raft leader is preferred, since what another
+    /// one has applied may be old.
     ///
     /// # Errors
     /// None answers: the last error.
     pub fn status(&self) -> Result<StatusView, AskError> {
-        let mut last = None;
-        let mut unformed = None;
+        let mut error = AskError::Refused("there is no node".to_string());
+        let mut second_best: Option<StatusView> = None;
         for node in &self.supervisor.nodes {
             match client::status(&node.config.admin) {
-                Ok(view) if view.cluster.is_some() => return Ok(view),
-                Ok(view) => unformed = Some(view),
-                Err(error) => last = Some(error),
+                Ok(view) if view.leader.is_some() => return Ok(view),
+                Ok(view) if second_best.as_ref().is_none_or(|b| b.cluster.is_none()) => {
+                    second_best = Some(view);
+                }
+                Ok(_) => {}
+                Err(e) => error = e,
             }
         }
-        match (unformed, last) {
-            (Some(view), _) => Ok(view),
-            (None, Some(error)) => Err(error),
-            (None, None) => Err(AskError::Refused("there is no node".to_string())),
-        }
+        second_best.ok_or(error)
     }
 
     /// Brings cluster.json up to date.

@@ -5,7 +5,7 @@
 //! a new cluster and starts a new lineage for every volume [R17, R19].
 
 use anyhow::{Context, bail};
-use blkrepl_engine::control::{self, StoreId};
+use blkrepl_engine::control::{self, ControlError, StoreId};
 use serde::Serialize;
 
 use crate::config::NodeConfig;
@@ -29,10 +29,10 @@ pub fn create(config: &NodeConfig) -> anyhow::Result<String> {
 /// # Errors
 /// As [`create`].
 pub fn ensure(config: &NodeConfig) -> anyhow::Result<()> {
-    if !config.dir.join(control::STORE_FILE).exists() {
-        create(config)?;
+    match create(config) {
+        Err(error) if !matches!(error.downcast_ref(), Some(ControlError::Exists(_))) => Err(error),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// What a recovery did.

@@ -221,7 +221,7 @@ pub async fn status(node: &Arc<Node>) -> StatusView {
     let state = node.state();
     let gathered = Gathered {
         state: &state,
-        me: node.config.id,
+        me: node.me(),
         my_name: &node.config.name,
         leader: node.control.leader(),
         answers,
@@ -576,9 +576,8 @@ async fn loss(node: &Arc<Node>, record: &VolumeRecord) -> String {
         record.in_sync.iter().filter(|m| m.node != me).map(|m| node_name(&node.state(), m.node)).collect();
     let holders = if holders.is_empty() { "nobody".to_string() } else { holders.join(", ") };
     let answered = my_view.is_some_and(|v| {
-        v.replicas
-            .iter()
-            .any(|r| r.node != node.config.name && v.in_sync.contains(&r.node) && r.epoch.is_some())
+        let knows = |name: &str| record.in_sync.iter().any(|m| node_name(&node.state(), m.node) == name);
+        v.replicas.iter().any(|r| r.node != node.config.name && knows(&r.node) && r.epoch.is_some())
     });
     match mine.and_then(|r| r.dirty_bytes).filter(|_| answered) {
         Some(bytes) => format!(

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use blkrepl_engine::control::{self, ControlOptions, Founder, NodeKind};
+use blkrepl_engine::control::{self, Control, ControlError, ControlOptions, Founder, NodeAddrs, NodeKind};
 use blkrepl_engine::reactor::boottime_now;
 use blkrepl_nbd::{ListenAddr, Server, ServerOptions};
 use tokio::net::TcpListener;
@@ -57,11 +57,10 @@ async fn daemon(config: NodeConfig) -> anyhow::Result<()> {
     let events = Arc::new(EventLog::new(&config.name));
     let exports = Arc::new(NodeExports::default());
     let sockets = Sockets::bind(&config, Arc::clone(&exports)).await?;
-    let control = control::start(control_options(&config), boottime_now)
-        .await
-        .with_context(|| format!("cannot start the control plane of {}", config.name))?;
-    let incarnation = control.incarnation();
     let os_boot = os_boot_id()?;
+    let control = start_control(&config, os_boot).await?;
+    let incarnation = control.incarnation();
+    let mut failed = control.failed();
     let node = Node::new(config, control, Arc::clone(&events), os_boot);
     let asked = Arc::clone(&node);
     node.control.set_admin_handler(Arc::new(move |call| {
@@ -79,10 +78,12 @@ async fn daemon(config: NodeConfig) -> anyhow::Result<()> {
     }
     tasks.spawn(admin::serve(sockets.admin, Arc::new(Ops(Arc::clone(&node))), Arc::clone(&events)));
     tasks.spawn(Arc::clone(&node).follow());
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    let failure = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        // The control plane keeps its sender as long as it lives; a closed channel says nothing.
+        Ok(reason) = failed.wait_for(Option::is_some) => reason.clone(),
+    };
     events.record(None, Happening::new("stopping", format!("{} stops", node.config.name)));
     let late = node.stop_volumes(STOP_TIMEOUT).await;
     if let Some(nbd) = sockets.nbd {
@@ -92,6 +93,9 @@ async fn daemon(config: NodeConfig) -> anyhow::Result<()> {
     tasks.shutdown().await;
     let removed = std::fs::remove_file(&node.config.admin);
     tracing::debug!("admin socket removed: {removed:?}");
+    if let Some(reason) = failure {
+        anyhow::bail!("the control plane of {} cannot go on: {reason}", node.config.name);
+    }
     if !late.is_empty() {
         anyhow::bail!(
             "{} did not stop within {} s and was left; nothing acknowledged is lost, its next start takes longer",
@@ -129,31 +133,45 @@ impl Sockets {
     }
 }
 
-fn control_options(config: &NodeConfig) -> ControlOptions {
-    ControlOptions {
-        dir: config.dir.clone(),
-        me: config.id,
-        listen: config.control,
-        founders: config
-            .founders
-            .iter()
-            .map(|f| Founder {
-                id: f.id,
-                name: f.name.clone(),
-                kind: match f.kind {
-                    Kind::Data => NodeKind::Data,
-                    Kind::Witness => NodeKind::Witness,
-                },
-                control_addr: f.control.to_string(),
-                peer_addr: f.peer.to_string(),
-                nbd_addr: f.nbd.clone(),
-            })
-            .collect(),
-        lease: config.timing.lease,
-        renew: config.timing.renew,
-        heartbeat: config.timing.heartbeat,
-        election: config.timing.election,
-    }
+fn control_options(config: &NodeConfig, os_boot: u128) -> ControlOptions {
+    let mut options = ControlOptions::new(&config.dir, config.id, config.control);
+    options.founders = config
+        .founders
+        .iter()
+        .map(|f| Founder {
+            id: f.id,
+            name: f.name.clone(),
+            kind: match f.kind {
+                Kind::Data => NodeKind::Data,
+                Kind::Witness => NodeKind::Witness,
+            },
+            addrs: NodeAddrs { control: f.control.to_string(), peer: f.peer.to_string(), nbd: f.nbd.clone() },
+        })
+        .collect();
+    options.os_boot = os_boot;
+    options.lease = config.timing.lease;
+    options.renew = config.timing.renew;
+    options.heartbeat = config.timing.heartbeat;
+    options.election = config.timing.election;
+    options
+}
+
+/// Starts the control plane; an error says what to do next.
+async fn start_control(config: &NodeConfig, os_boot: u128) -> anyhow::Result<Control> {
+    let started = control::start(control_options(config, os_boot), boottime_now).await;
+    started.map_err(|error| match error {
+        ControlError::Io { .. } => anyhow::Error::new(error).context(format!(
+            "cannot start the control plane of {} (if its address is in use, end who uses it, `ss -ltnp` shows it, or change listen.control in {} and the [[cluster]] lists)",
+            config.name,
+            config.file.display()
+        )),
+        ControlError::Missing(_) => anyhow::Error::new(error).context(format!(
+            "{} has no store; on a new node make it with: blkrepl init --config {}",
+            config.name,
+            config.file.display()
+        )),
+        _ => anyhow::Error::new(error).context(format!("cannot start the control plane of {}", config.name)),
+    })
 }
 
 /// The boot id of the operating system: the same until the machine restarts.

@@ -167,7 +167,8 @@ impl Node {
                 }
             })
             .collect();
-        OwnReplicas { replicas }
+        let blocked = self.control.leader_view().map(|v| v.blocked.into_iter().collect()).unwrap_or_default();
+        OwnReplicas { replicas, blocked }
     }
 
     /// Follows cluster state and leases until the task is dropped.
@@ -214,6 +215,9 @@ impl Node {
             if !keep && let Phase::Running(running) = &slot.phase {
                 tracing::info!(volume = slot.name, "no replica here any more; stopping");
                 running.end();
+            }
+            if !keep {
+                self.control.remove_volume_report(*id);
             }
             keep
         });

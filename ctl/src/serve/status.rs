@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use blkrepl_engine::control::{ClusterState, NodeKind, NodeRecord, VolumeRecord};
-use blkrepl_engine::types::{Durability, NodeId, PeerStatus, ReplicaState, ReplicaStatus, VolumeId};
+use blkrepl_engine::types::{Durability, Member, NodeId, PeerStatus, ReplicaState, ReplicaStatus, VolumeId};
 use serde::{Deserialize, Serialize};
 
 use crate::admin::{DurabilityWord, NodeView, ReplicaView, ResyncView, StatusView, VolumeView};
@@ -28,6 +28,8 @@ pub struct OwnReplica {
 pub struct OwnReplicas {
     /// One per volume with a replica here.
     pub replicas: Vec<OwnReplica>,
+    /// From the Raft leader: why volumes without a live primary stay without one.
+    pub blocked: Vec<(VolumeId, String)>,
 }
 
 impl OwnReplicas {
@@ -40,8 +42,8 @@ impl OwnReplicas {
 pub struct Gathered<'a> {
     /// Cluster state of the asked node.
     pub state: &'a ClusterState,
-    /// The asked node.
-    pub me: NodeId,
+    /// The asked node and its run.
+    pub me: Member,
     /// Name of the asked node.
     pub my_name: &'a str,
     /// Raft leader, if known.
@@ -69,7 +71,7 @@ impl Gathered<'_> {
             id: n.id.0,
             name: n.name.clone(),
             kind: kind_word(n.kind).to_string(),
-            reachable: n.id == self.me || self.answers.contains_key(&n.id),
+            reachable: n.id == self.me.node || self.answers.contains_key(&n.id),
             leader: self.leader == Some(n.id),
             boot: n.incarnation.map_or(0, |i| i.boot),
             control: n.addrs.control.clone(),
@@ -80,6 +82,12 @@ impl Gathered<'_> {
 
     fn volume(&self, v: &VolumeRecord) -> VolumeView {
         let primary = self.primary_status(v);
+        let in_sync: Vec<String> = v
+            .in_sync
+            .iter()
+            .filter(|m| self.is_current(**m))
+            .map(|m| node_name(self.state, m.node))
+            .collect();
         VolumeView {
             name: v.name.clone(),
             id: v.id.to_string(),
@@ -92,17 +100,23 @@ impl Gathered<'_> {
             primary: v.primary.map(|m| node_name(self.state, m.node)),
             demoted: v.demoted,
             serving: primary.is_some_and(|p| p.serving),
-            degraded: v.in_sync.len() < v.replicas.len(),
-            in_sync: v.in_sync.iter().map(|m| node_name(self.state, m.node)).collect(),
+            degraded: in_sync.len() < v.replicas.len(),
+            in_sync,
             note: self.note(v, primary),
             replicas: v.replicas.iter().map(|r| self.replica(v, r.node, primary)).collect(),
         }
     }
 
+    /// The named run is, as far as is known here, the one that runs: a member that restarted is in sync no
+    /// more, even before the config says so [R2]. Of itself the asked node knows before cluster state does.
+    fn is_current(&self, member: Member) -> bool {
+        if member.node == self.me.node { member == self.me } else { self.state.is_newest(member) }
+    }
+
     /// The status of the replica that the config names primary, if its node answered and agrees.
     fn primary_status(&self, v: &VolumeRecord) -> Option<&ReplicaStatus> {
         let primary = v.primary?;
-        if !self.state.is_newest(primary) {
+        if !self.is_current(primary) {
             return None;
         }
         self.answers.get(&primary.node)?.of(v.id)?.status.as_ref()
@@ -115,7 +129,7 @@ impl Gathered<'_> {
         let seen: Option<&PeerStatus> = primary.and_then(|p| p.peers.iter().find(|s| s.node == node));
         let failure =
             own.and_then(|o| o.failure.clone().or_else(|| o.status.as_ref().and_then(|s| s.failure.clone())));
-        let member = v.member(node).is_some();
+        let member = v.member(node).is_some_and(|m| self.is_current(m));
         let state = if failure.is_some() {
             ReplicaState::Failed
         } else if !self.answers.contains_key(&node) && seen.is_none_or(|s| !s.connected) {
@@ -176,6 +190,10 @@ impl Gathered<'_> {
             return Some(format!(
                 "{name} is primary but does not serve yet: it reconciles, moves, or has no lease"
             ));
+        }
+        let blocked = self.answers.values().flat_map(|a| &a.blocked).find(|(id, _)| *id == v.id);
+        if let Some((_, why)) = blocked {
+            return Some(format!("no replica can take over: {why}"));
         }
         let gone: Vec<NodeId> =
             v.in_sync.iter().map(|m| m.node).filter(|n| !self.answers.contains_key(n)).collect();
@@ -306,12 +324,15 @@ mod tests {
             report,
             failure: None,
         };
-        OwnReplicas { replicas: vec![OwnReplica { volume: VOLUME, status: Some(status), failure: None }] }
+        OwnReplicas {
+            replicas: vec![OwnReplica { volume: VOLUME, status: Some(status), failure: None }],
+            ..OwnReplicas::default()
+        }
     }
 
     fn view(state: &ClusterState, me: u64, answers: Vec<(u64, OwnReplicas)>) -> StatusView {
         let answers = answers.into_iter().map(|(n, a)| (NodeId(n), a)).collect();
-        Gathered { state, me: NodeId(me), my_name: "me", leader: Some(NodeId(3)), answers }.view()
+        Gathered { state, me: member(me), my_name: "me", leader: Some(NodeId(3)), answers }.view()
     }
 
     #[test]
@@ -360,6 +381,7 @@ mod tests {
         let state = cluster(&[1]);
         let failed = OwnReplicas {
             replicas: vec![OwnReplica { volume: VOLUME, status: None, failure: Some("truncated".into()) }],
+            ..OwnReplicas::default()
         };
         let v = view(&state, 2, vec![(1, own(1, true, vec![])), (2, failed)]);
         let r = &v.volumes[0].replicas[1];
@@ -370,7 +392,7 @@ mod tests {
     fn a_primary_that_restarted_is_not_taken_for_serving_r2() {
         let mut state = cluster(&[1]);
         state.nodes.get_mut(&NodeId(1)).unwrap().incarnation = Some(Incarnation { boot: 2, nonce: 2 });
-        let v = view(&state, 2, vec![(1, own(1, true, vec![]))]);
-        assert!(!v.volumes[0].serving);
+        let v = &view(&state, 2, vec![(1, own(1, true, vec![]))]).volumes[0];
+        assert!(!v.serving && v.in_sync.is_empty() && v.degraded);
     }
 }
