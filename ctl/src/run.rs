@@ -23,10 +23,24 @@ pub fn main(cli: Cli) -> ExitCode {
         Ok(()) => ExitCode::from(EXIT_DONE),
         Err(error) if is_broken_pipe(&error) => ExitCode::from(EXIT_DONE),
         Err(error) => {
-            eprintln!("blkrepl: {error:#}");
+            eprintln!("blkrepl: {}", chain(&error));
             ExitCode::from(EXIT_FAILED)
         }
     }
+}
+
+/// An error with its causes, leaving out those whose words stand in the text before already.
+pub fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let words = cause.to_string();
+        if text.is_empty() {
+            text = words;
+        } else if !text.contains(&words) {
+            text = format!("{text}: {words}");
+        }
+    }
+    text
 }
 
 /// The reader of our output went away (`| head`): nothing failed.
@@ -167,4 +181,16 @@ fn set_up_log(default: &str) {
         .with_writer(std::io::stderr)
         .with_ansi(ansi)
         .try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        let inner = std::io::Error::other("disk on fire");
+        let told = anyhow::Error::new(inner).context("cannot write: disk on fire").context("cannot start");
+        assert_eq!(chain(&told), "cannot start: cannot write: disk on fire");
+    }
 }

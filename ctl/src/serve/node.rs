@@ -240,7 +240,7 @@ impl Node {
                 slot.phase = Phase::Running(running);
             }
             Err(error) => {
-                let reason = format!("{error:#}");
+                let reason = format!("{}{}", crate::run::chain(&error), give_up_hint(&error, &slot.name));
                 self.events.record(
                     Some(&slot.name),
                     Happening::new("volume_failed", format!("the replica here cannot be used: {reason}")),
@@ -432,6 +432,23 @@ fn forward(handle: &VolumeHandle, state: &ClusterState, id: VolumeId, lease: Opt
     handle.config(view);
     if let Some(until) = lease.and_then(|l| l.until(id)) {
         handle.lease(Lease { until });
+    }
+}
+
+/// How to give a copy up that cannot be opened, where that may be what is wanted.
+fn give_up_hint(error: &anyhow::Error, name: &str) -> String {
+    use blkrepl_engine::reactor::OpenError as E;
+    match error.downcast_ref::<OpenError>() {
+        Some(OpenError::Engine(
+            E::Missing { .. }
+            | E::Truncated { .. }
+            | E::TooLong { .. }
+            | E::Foreign { .. }
+            | E::Superblock { .. },
+        )) => format!(
+            ". To give this copy up and have everything copied anew: `blkrepl volume recreate {name} --discard-data` on this node"
+        ),
+        _ => String::new(),
     }
 }
 
