@@ -3,7 +3,10 @@
 //!
 //! - [`state`], [`command`], [`apply`]: the replicated state machine, pure;
 //! - [`lease`], [`failover`]: leases and who gets promoted, pure, time is passed in;
-//! - [`codec`]: the one envelope of everything on disk and on the wire.
+//! - [`codec`]: the one envelope of everything on disk and on the wire;
+//! - `store`: votes, log and state in redb, on a thread of its own; `rpc`, `network`: messages and who may send
+//!   them; `node`: a running node, seen from outside as [`Control`];
+//! - [`recover_force`]: a new cluster of one node when there is no quorum left, offline.
 //!
 //! What is pure here also runs in the simulator; there is no second implementation. openraft's types and
 //! redb's stay within this folder.
@@ -22,6 +25,7 @@ mod network;
 mod node;
 mod raft;
 mod random;
+mod recover;
 mod rpc;
 pub mod state;
 mod store;
@@ -32,5 +36,6 @@ pub use error::{CallError, ControlError, SubmitError};
 pub use failover::{Decisions, Failover, NodeReport, Reports, VolumeReport};
 pub use lease::{Grant, LeaseSnapshot, LeaseTable, LeaseView, NodeLease};
 pub use node::{AdminHandler, Control, ControlOptions, Founder, LeaderView, boot_time, init, start};
+pub use recover::{RECOVERED_EPOCH_STEP, RecoverReport, RecoveredVolume, recover_force};
 pub use rpc::ADMIN_BYTES_MAX;
 pub use state::{ClusterState, NodeAddrs, NodeKind, NodeRecord, StoreId, VolumeRecord};

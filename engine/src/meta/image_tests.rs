@@ -23,6 +23,7 @@ fn superblock() -> Superblock {
         reign: Reign(1),
         lineage: LineageId(4),
         member: None,
+        chain: Vec::new(),
         current: Incarnation { boot: 1, nonce: 5 },
         os_boot: 6,
         inconsistent: None,

@@ -60,8 +60,14 @@ const AT_INCONSISTENT: usize = AT_CLEAN + 24;
 const AT_SLOT: usize = AT_INCONSISTENT + 40;
 const AT_BASE: usize = AT_SLOT + 1;
 const AT_PRESENT: usize = AT_BASE + 1;
-const AT_END: usize = AT_PRESENT + 1;
+const AT_CHAIN_LEN: usize = AT_PRESENT + 1;
+const AT_CHAIN: usize = AT_CHAIN_LEN + 5;
+const AT_END: usize = AT_CHAIN + 16 * CHAIN_MAX;
 
+/// Most runs after the member's that a superblock remembers.
+pub const CHAIN_MAX: usize = 8;
+
+const _: () = assert!(AT_CHAIN == 280);
 const _: () = assert!(AT_CLUSTER == 32 && AT_NODE == 128 && AT_SLOT == 272 && AT_END <= 512);
 
 /// Bits of the byte that says which optional fields are present.
@@ -151,6 +157,9 @@ pub struct Superblock {
     /// Incarnation under which it was last a member of the in-sync set, if its content continues from
     /// there.
     pub member: Option<Incarnation>,
+    /// Runs that opened this replica after `member` and went on from its content, oldest first, at most
+    /// [`CHAIN_MAX`]: a set that names one of them means this content, too [R6].
+    pub chain: Vec<Incarnation>,
     /// The run that wrote this.
     pub current: Incarnation,
     /// Boot id of the operating system under which this was written.
@@ -245,7 +254,7 @@ impl Superblock {
     /// One copy as bytes, with the sequence number as it stands.
     ///
     /// # Panics
-    /// If it would not be read back as it is: a slot that is out of range.
+    /// If it would not be read back as it is: a slot that is out of range, a chain that is too long.
     #[must_use]
     pub fn encode(&self, copy: SuperblockCopy) -> [u8; SUPERBLOCK_LEN] {
         let bytes = self.encode_fields(copy);
@@ -295,7 +304,11 @@ impl Superblock {
             BaseContent::Unknown => 2,
             BaseContent::Member => 3,
         };
-        put(AT_SLOT, &[self.slot.0, base, present]);
+        let chain = u8::try_from(self.chain.len()).expect("a chain is short");
+        put(AT_SLOT, &[self.slot.0, base, present, chain]);
+        for (n, run) in self.chain.iter().enumerate() {
+            put(AT_CHAIN + 16 * n, &incarnation_bytes(*run));
+        }
         let crc = checksum(&bytes);
         bytes[AT_CRC..AT_LENGTH].copy_from_slice(&crc.to_le_bytes());
         bytes
@@ -349,6 +362,10 @@ impl Superblock {
             3 => BaseContent::Member,
             _ => return Err(bad("base")),
         };
+        let chain = usize::from(bytes[AT_CHAIN_LEN]);
+        if chain > CHAIN_MAX {
+            return Err(bad("chain"));
+        }
         let seq = u64_at(bytes, AT_SEQ);
         if seq > SEQ_MAX {
             return Err(bad("seq"));
@@ -380,6 +397,7 @@ impl Superblock {
             reign: Reign(u64_at(bytes, AT_REIGN)),
             lineage: LineageId(u128_at(bytes, AT_LINEAGE)),
             member,
+            chain: (0..chain).map(|n| incarnation_at(bytes, AT_CHAIN + 16 * n)).collect(),
             current: incarnation_at(bytes, AT_CURRENT),
             os_boot: u128_at(bytes, AT_OS_BOOT),
             inconsistent,
@@ -390,8 +408,10 @@ impl Superblock {
     }
 }
 
-/// Reads both copies [R16]: the one with the higher sequence number counts, and the result is
-/// [`SuperblockTrust::Sound`] only if both are valid and equal. The text says what was wrong.
+/// Reads both copies [R16]: the one with the higher sequence number counts. The result is
+/// [`SuperblockTrust::Sound`] if both are valid and equal, or if they are what a stop between the two
+/// writes leaves: both valid, and the one that is written first is ahead by exactly one. Then nothing newer
+/// than it can have existed. The text says what was wrong.
 ///
 /// After a doubtful pair the sequence number returned may be one above the stored one: it is chosen so
 /// that the next write begins with the copy that does *not* count here.
@@ -411,6 +431,9 @@ pub fn read_pair(
     }
     let (mut superblock, counts, note) = match (a, b) {
         (Ok(a), Ok(b)) if a == b => return Ok((a, SuperblockTrust::Sound, None)),
+        (Ok(a), Ok(b)) if is_stopped_between(&a, &b) => {
+            return Ok((if a.seq > b.seq { a } else { b }, SuperblockTrust::Sound, None));
+        }
         (Ok(a), Ok(b)) => {
             let note = format!("the two superblock copies differ (writes {} and {})", a.seq, b.seq);
             if b.seq > a.seq { (b, SuperblockCopy::B, note) } else { (a, SuperblockCopy::A, note) }
@@ -424,6 +447,13 @@ pub fn read_pair(
     }
     let note = format!("{note}; copy {counts} is used, unknown until it matches the committed config");
     Ok((superblock, SuperblockTrust::Doubtful, Some(note)))
+}
+
+/// True if a stop between the two writes of one change leaves these copies.
+fn is_stopped_between(a: &Superblock, b: &Superblock) -> bool {
+    let (newer, older, copy) =
+        if a.seq > b.seq { (a, b, SuperblockCopy::A) } else { (b, a, SuperblockCopy::B) };
+    newer.seq == older.seq + 1 && SuperblockCopy::first_of(newer.seq) == copy
 }
 
 /// CRC-32 over a whole copy, the place of the checksum itself left out.

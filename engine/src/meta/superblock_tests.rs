@@ -17,6 +17,7 @@ pub(crate) fn sample() -> Superblock {
         reign: Reign(11),
         lineage: LineageId(0x77),
         member: Some(Incarnation { boot: 4, nonce: 0xabcd }),
+        chain: vec![Incarnation { boot: 5, nonce: 0xef01 }, Incarnation { boot: 6, nonce: 3 }],
         current: Incarnation { boot: 5, nonce: 0xef01 },
         os_boot: 0xb007,
         inconsistent: Some(InconsistentMark {
@@ -56,6 +57,7 @@ prop_compose! {
         (blocks, region) in (1..1_000_000_u64, 16..=26_u32),
         member in prop::option::of(incarnation()),
         current in incarnation(),
+        chain in prop::collection::vec(incarnation(), 0..=CHAIN_MAX),
         clean in prop::option::of((incarnation(), any::<u64>())),
         mark in prop::option::of((any::<u64>(), any::<u64>(), any::<u64>(), incarnation())),
         base in prop::sample::select(vec![BaseContent::Zero, BaseContent::Unknown, BaseContent::Member]),
@@ -73,6 +75,7 @@ prop_compose! {
             epoch: Epoch(epoch),
             reign: Reign(reign),
             member,
+            chain,
             current,
             clean: clean.map(|(incarnation, epoch)| CleanMark { incarnation, epoch: Epoch(epoch) }),
             inconsistent: mark.map(|(epoch, reign, node, incarnation)| InconsistentMark {
@@ -164,7 +167,7 @@ fn r16_equal_valid_copies_are_sound() {
 
 #[test]
 fn r16_the_higher_number_counts_and_is_doubtful() {
-    for (a, b) in [(5, 6), (6, 5), (6, 7), (7, 6)] {
+    for (a, b) in [(6, 5), (6, 7), (5, 8), (9, 5)] {
         let [bytes_a, bytes_b] = pair(&with_seq(a), &with_seq(b));
         let (mut superblock, trust, note) = read_pair(&bytes_a, &bytes_b).unwrap();
         assert_eq!(superblock.epoch, Epoch(100 + a.max(b)));
@@ -174,6 +177,17 @@ fn r16_the_higher_number_counts_and_is_doubtful() {
         let [(offset, _), _] = superblock.advance();
         assert_eq!(offset, if a > b { B.offset() } else { A.offset() });
         assert!(superblock.seq > a.max(b));
+    }
+}
+
+/// Odd numbers begin with copy A, even ones with B.
+#[test]
+fn r16_a_stop_between_the_copies_leaves_no_doubt() {
+    for (a, b) in [(5, 4), (5, 6), (7, 6), (7, 8)] {
+        let [bytes_a, bytes_b] = pair(&with_seq(a), &with_seq(b));
+        let (superblock, trust, note) = read_pair(&bytes_a, &bytes_b).unwrap();
+        assert_eq!((superblock.epoch, trust), (Epoch(100 + a.max(b)), SuperblockTrust::Sound));
+        assert!(note.is_none());
     }
 }
 
@@ -235,7 +249,8 @@ fn a_newer_version_is_refused_even_beside_a_copy_of_ours() {
 
 #[test]
 fn fields_that_are_out_of_range_are_named() {
-    let cases: [(usize, u8, &str); 8] = [
+    let cases: [(usize, u8, &str); 9] = [
+        (AT_CHAIN_LEN, 9, "chain"),
         (AT_SLOT, 8, "slot"),
         (AT_BASE, 0, "base"),
         (AT_BASE, 4, "base"),
@@ -277,8 +292,9 @@ fn the_format_is_the_documented_one() {
     assert_eq!([176, 184, 192, 200].map(word), [5, 0xef01, 4, 0xabcd]);
     assert_eq!([208, 216, 224].map(word), [4, 0xabcd, 12]);
     assert_eq!([232, 240, 248, 256, 264].map(word), [9, 8, 1, 2, 22]);
-    assert_eq!(bytes[272..275], [1, 3, 7]);
-    assert!(bytes[275..].iter().all(|byte| *byte == 0));
+    assert_eq!(bytes[272..276], [1, 3, 7, 2]);
+    assert_eq!([280, 288, 296, 304].map(word), [5, 0xef01, 6, 3]);
+    assert!(bytes[312..].iter().all(|byte| *byte == 0));
     let mut covered = bytes[..12].to_vec();
     covered.extend(&bytes[16..]);
     assert_eq!(u32_at(&bytes, 12), crc32fast::hash(&covered));

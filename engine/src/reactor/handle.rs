@@ -158,6 +158,11 @@ impl Shared {
             std::mem::take(&mut mailbox.commands)
         };
         left.into_iter().for_each(|command| refuse(command, &self.name));
+    }
+
+    /// The thread is about to end and holds nothing any more.
+    fn ended(&self) {
+        self.close();
         *lock(&self.stopped) = true;
         self.stopped_changed.notify_all();
     }
@@ -311,8 +316,8 @@ where
     let name = options.name.clone();
     let for_thread = Arc::clone(&shared);
     let run = move || {
-        // The mailbox is closed however the thread ends.
-        let guard = CloseOnDrop(Arc::clone(&for_thread));
+        // Told last, when the volume and its files are dropped, and however the thread ends.
+        let guard = EndedOnDrop(Arc::clone(&for_thread));
         match Volume::new(make_core, VolumeParts { files, hooks, shared: for_thread, options }) {
             Ok(volume) => {
                 let _started = ready.send(Ok(()));
@@ -332,10 +337,10 @@ where
     }
 }
 
-struct CloseOnDrop(Arc<Shared>);
+struct EndedOnDrop(Arc<Shared>);
 
-impl Drop for CloseOnDrop {
+impl Drop for EndedOnDrop {
     fn drop(&mut self) {
-        self.0.close();
+        self.0.ended();
     }
 }

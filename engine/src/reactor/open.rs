@@ -517,7 +517,7 @@ fn finish(file: File, path: &Path) -> Result<OpenFile, OpenError> {
 }
 
 /// Sets O_DIRECT and tries an aligned read; unset again if either is refused.
-fn try_direct(fd: &OwnedFd) -> io::Result<bool> {
+pub(super) fn try_direct(fd: &OwnedFd) -> io::Result<bool> {
     let flags = rustix::fs::fcntl_getfl(fd)?;
     match rustix::fs::fcntl_setfl(fd, flags | OFlags::DIRECT) {
         Ok(()) => {}

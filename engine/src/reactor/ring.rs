@@ -440,6 +440,39 @@ mod tests {
         assert_eq!(io.in_kernel(), 0);
     }
 
+    /// Without the right to lock more than the limit, buffers are used unregistered.
+    #[test]
+    fn a_low_limit_on_locked_memory_only_costs_the_registration() {
+        fn give_up_ipc_lock() {
+            const VERSION_3: u32 = 0x2008_0522;
+            const CAP_IPC_LOCK: u32 = 14;
+            let mut head = [VERSION_3, 0];
+            let mut sets = [0_u32; 6];
+            // SAFETY: plain capget and capset of this thread, with structures of the version's size.
+            unsafe {
+                assert_eq!(libc::syscall(libc::SYS_capget, head.as_mut_ptr(), sets.as_mut_ptr()), 0);
+                sets[0] &= !(1 << CAP_IPC_LOCK);
+                assert_eq!(libc::syscall(libc::SYS_capset, head.as_mut_ptr(), sets.as_ptr()), 0);
+            }
+        }
+        let works = std::thread::spawn(|| {
+            give_up_ipc_lock();
+            let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+            let len = 64 << 20;
+            let mut io = Io::new(8, len).unwrap();
+            if limit.is_some_and(|limit| limit < len as u64) {
+                assert!(!io.arena_registered, "more was registered than the limit allows");
+            } else {
+                eprintln!("partly skipped: the limit on locked memory is {limit:?}, higher than tested");
+            }
+            let buf = io.buffers.alloc(4096);
+            let zero = Rc::new(OwnedFd::from(std::fs::File::open("/dev/zero").unwrap()));
+            io.read(&zero, Span { buf, start: 0, len: 4096 }, 0, Token::Wake);
+            turn(&mut io, Duration::from_secs(5))[0].result
+        });
+        assert_eq!(works.join().unwrap(), 4096);
+    }
+
     /// The kernel's refusal, produced for this thread alone by a seccomp filter.
     #[test]
     fn a_kernel_that_forbids_io_uring_is_reported_with_what_to_do() {

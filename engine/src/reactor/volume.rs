@@ -483,12 +483,13 @@ impl<C: Core> Volume<C> {
 }
 
 /// Makes a socket fit for the ring: blocking (the ring waits for it, the thread never does) and, if it
-/// is TCP, without delay.
+/// is TCP, without delay and with a probe now and then whether a silent other end still exists.
 fn prepare_socket(socket: &OwnedFd) -> rustix::io::Result<()> {
     rustix::net::sockopt::socket_type(socket)?;
     rustix::io::ioctl_fionbio(socket, false)?;
-    // Not a TCP socket: nothing to set.
+    // Refused if it is not TCP; then there is nothing to set.
     let _unix = rustix::net::sockopt::set_tcp_nodelay(socket, true);
+    rustix::net::sockopt::set_socket_keepalive(socket, true)?;
     Ok(())
 }
 

@@ -4,7 +4,8 @@
 //! committed either way, and its log index orders two of them [R12]. The superblock records it, on both
 //! copies, before the new reign, epoch or lineage is used [R16].
 
-use crate::types::{ConfigView, Geometry, Member, ReplicaSlot, SuperblockTrust};
+use crate::meta::Superblock;
+use crate::types::{ConfigView, Geometry, Incarnation, Member, ReplicaSlot, SuperblockTrust};
 use crate::wire::BaseContent;
 
 use super::Replica;
@@ -128,6 +129,7 @@ impl Replica {
             sb.reign = config.reign;
             sb.lineage = config.lineage;
             sb.member = Some(me);
+            sb.chain.clear();
             sb.current = me;
             sb.os_boot = os_boot;
             sb.inconsistent = None;
@@ -151,8 +153,7 @@ impl Replica {
         let matches = superblock.epoch == config.epoch
             && superblock.reign == config.reign
             && superblock.lineage == config.lineage
-            && superblock.member.is_some()
-            && superblock.member == last;
+            && last.is_some_and(|run| continues(superblock, run));
         if matches {
             self.store.trust = SuperblockTrust::Sound;
             self.config_version = self.store.rewrite_superblock();
@@ -164,6 +165,12 @@ impl Replica {
     pub fn geometry(&self) -> Geometry {
         self.geometry
     }
+}
+
+/// True if the content goes on from what `run` held as a member, with nothing in between but later runs of
+/// the same replica [R6].
+pub(super) fn continues(superblock: &Superblock, run: Incarnation) -> bool {
+    superblock.member.is_some_and(|member| member == run || superblock.chain.contains(&run))
 }
 
 fn primary_name(config: &ConfigView) -> String {

@@ -417,7 +417,7 @@ impl Replica {
             trust: self.store.trust,
             epoch: superblock.epoch,
             lineage: superblock.lineage,
-            member: superblock.member,
+            member: self.claimed_member(),
             base: superblock.base,
             inconsistent: superblock.inconsistent,
             damaged_pages: self.store.damaged_pages,

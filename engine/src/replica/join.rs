@@ -51,6 +51,7 @@ impl Replica {
             sb.clean = None;
             if everything {
                 sb.member = None;
+                sb.chain.clear();
                 sb.base = BaseContent::Unknown;
             }
         });

@@ -51,7 +51,7 @@ mod write;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use crate::meta::Image;
+use crate::meta::{CHAIN_MAX, Image};
 use crate::types::{
     ConfigView, Geometry, Incarnation, Member, Nanos, NodeId, ProposalId, ProposalOutcome, Reign,
     ReplicaSlot, SuperblockTrust, VolumeSettings,
@@ -103,6 +103,9 @@ pub struct Replica {
     config: Option<ConfigView>,
     /// Superblock version that must be durable before the config is used [R16].
     config_version: u64,
+    /// Superblock version that records this run: before it is durable nobody may be told that the content
+    /// goes on from a member's [R6].
+    opened_version: u64,
     lease: Option<Lease>,
     store: MetaStore,
     intents: IntentBook,
@@ -137,6 +140,7 @@ impl Replica {
         if boot.data_replaced {
             store.change_superblock(|sb| {
                 sb.member = None;
+                sb.chain.clear();
                 sb.base = crate::wire::BaseContent::Unknown;
             });
         }
@@ -148,6 +152,7 @@ impl Replica {
             now: boot.now,
             config: None,
             config_version: 0,
+            opened_version: 0,
             lease: None,
             store,
             intents,
@@ -175,7 +180,13 @@ impl Replica {
             replica.config_version = replica.store.change_superblock(|sb| {
                 sb.clean = None;
                 sb.current = me;
+                if sb.member.is_some() {
+                    sb.chain.push(me);
+                    let excess = sb.chain.len().saturating_sub(CHAIN_MAX);
+                    sb.chain.drain(..excess);
+                }
             });
+            replica.opened_version = replica.config_version;
         }
         for note in notes {
             replica.event(Event::MetadataDamaged(note));

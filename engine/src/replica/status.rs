@@ -1,10 +1,12 @@
 //! What a replica says of itself.
 
 use crate::types::{
-    ConfigView, Epoch, Health, PeerStatus, Reign, ReplicaReport, ReplicaState, ReplicaStatus, Role,
+    ConfigView, Epoch, Health, Incarnation, PeerStatus, Reign, ReplicaReport, ReplicaState, ReplicaStatus,
+    Role,
 };
 
 use super::Replica;
+use super::config::continues;
 
 impl Replica {
     /// The committed config that this replica follows.
@@ -18,6 +20,11 @@ impl Replica {
     pub fn health(&self) -> Health {
         if let Some(reason) = &self.failure {
             return Health::Unhealthy(reason.clone());
+        }
+        // Until this run is on record nothing can be vouched for; a better replica is not to be passed
+        // over because it is slower to start [R6].
+        if !self.store.superblock_durable(self.opened_version) {
+            return Health::Unhealthy("it has just started and records its start".into());
         }
         let limit = self.settings().disk_timeout;
         if self.disk.overdue(self.now, limit) {
@@ -36,11 +43,22 @@ impl Replica {
             epoch: superblock.epoch,
             reign: superblock.reign,
             lineage: superblock.lineage,
-            member: superblock.member,
+            member: self.claimed_member().filter(|_| self.store.superblock_durable(self.opened_version)),
             inconsistent: superblock.inconsistent.is_some(),
             clean: self.was_clean,
             same_os_boot: self.same_os_boot,
         }
+    }
+
+    /// The member whose content this replica holds: of the runs that its superblock names, the one that the
+    /// config means, if it does mean one.
+    pub(super) fn claimed_member(&self) -> Option<Incarnation> {
+        let superblock = self.store.superblock();
+        let config = self.config.as_ref();
+        let named = config.and_then(|c| c.member(self.me.node)).map(|m| m.incarnation);
+        let last = config.and_then(|c| c.replica(self.me.node)).and_then(|r| r.last_member);
+        let meant = [named, last].into_iter().flatten().find(|run| continues(superblock, *run));
+        meant.or(superblock.member)
     }
 
     /// Snapshot for operators.

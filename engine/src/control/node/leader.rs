@@ -201,9 +201,8 @@ impl Inner {
         let Some((volume, epoch)) = command.op.changes_primary() else {
             return self.write(command).await.1;
         };
-        let (leadership, _) = match self.confirm().await {
-            Ok(confirmed) => confirmed,
-            Err(_) => return ReplyBody::NotLeader(*self.leader.borrow()),
+        let Ok((leadership, _)) = self.confirm().await else {
+            return ReplyBody::NotLeader(*self.leader.borrow());
         };
         let (held, primary) = match self.exclude_primary(leadership, volume, epoch) {
             Ok(held) => held,

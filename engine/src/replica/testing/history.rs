@@ -47,7 +47,7 @@ impl History {
     }
 
     /// The values of each block right now, to be handed to `flush_acked` if a flush sent now succeeds.
-    pub(in super::super) fn flush_sent(&mut self) -> BTreeMap<u64, BTreeSet<u64>> {
+    pub(in super::super) fn flush_sent(&self) -> BTreeMap<u64, BTreeSet<u64>> {
         self.possible.clone()
     }
 

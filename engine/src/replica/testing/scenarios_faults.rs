@@ -1,1 +1,228 @@
-//! Scenarios with faults.
+//! Scenarios with failing disks, lost power and operators who force things.
+
+use std::time::Duration;
+
+use crate::types::{Epoch, Health, LineageId, SuperblockTrust};
+use crate::wire::{BaseContent, PeerReport};
+
+use super::super::io::Event;
+use super::super::resync::{Verdict, judge};
+use super::{Options, World, node};
+
+fn two() -> World {
+    let mut world = World::new(&Options::default());
+    world.run(12);
+    assert!(world.all_in_sync(), "{:#?}", world.summary());
+    world
+}
+
+#[test]
+fn a_write_error_hands_the_role_over_and_the_client_never_sees_it() {
+    let mut world = two();
+    world.nodes.get_mut(&node(1)).unwrap().disk.write_error = true;
+    world.write(node(1), 1, false);
+    world.run(20);
+    assert_eq!(world.config.primary.unwrap().node, node(2));
+    assert!(world.config.member(node(1)).is_none(), "taken out");
+    assert_eq!(world.waiting(node(1)), 0, "closed, not failed");
+    assert!(matches!(world.replica(node(1)).health(), Health::Unhealthy(_)));
+    world.nodes.get_mut(&node(1)).unwrap().disk.write_error = false;
+    world.crash(node(1));
+    world.converge();
+    assert_eq!(world.serving(), Some(node(2)), "no fail-back");
+}
+
+#[test]
+fn a_flush_error_fails_the_replica_at_once_and_is_not_retried() {
+    let mut world = two();
+    world.write(node(1), 1, false);
+    world.run(1);
+    world.nodes.get_mut(&node(2)).unwrap().disk.flush_error = true;
+    world.flush(node(1));
+    world.settle();
+    world.nodes.get_mut(&node(2)).unwrap().disk.flush_error = false;
+    world.run(20);
+    assert!(world.config.member(node(2)).is_none(), "out until it is restarted");
+    assert_eq!(world.waiting(node(1)), 0, "the flush is answered by who is left");
+    world.crash(node(2));
+    world.converge();
+}
+
+#[test]
+fn all_nodes_lose_power_and_what_was_flushed_is_there() {
+    for seed in 0..40 {
+        let mut world = World::new(&Options { seed, ..Options::default() });
+        world.run(12);
+        for block in 0..20 {
+            world.write(node(1), block, false);
+        }
+        world.run(2);
+        world.flush(node(1));
+        world.run(2);
+        for block in 10..30 {
+            world.write(node(1), block, false);
+        }
+        let steps = world.rng.below(60);
+        for _ in 0..steps {
+            world.step();
+        }
+        world.power_off(node(1));
+        world.power_off(node(2));
+        world.history.power_lost();
+        world.start(node(1));
+        world.start(node(2));
+        world.converge();
+    }
+}
+
+#[test]
+fn a_paused_replica_in_resync_is_never_promoted_but_by_force() {
+    let mut world = two();
+    world.crash(node(2));
+    world.run(20);
+    world.write(node(1), 1, false);
+    world.run(2);
+    world.start(node(2));
+    world.hold_proposals = true;
+    world.run(10);
+    world.crash(node(1));
+    world.pass(Duration::from_millis(2000));
+    assert!(!world.failover(), "node 2 is not in the set");
+    world.converge();
+}
+
+#[test]
+fn r17_forced_promotion_starts_a_lineage_and_the_other_side_gives_its_writes_up() {
+    let mut world = two();
+    world.crash(node(2));
+    world.run(20);
+    for block in 0..4 {
+        world.write(node(1), block, false); // only node 1 has these
+    }
+    world.run(2);
+    world.crash(node(1));
+    world.start(node(2));
+    world.pass(Duration::from_millis(2000));
+    assert!(!world.failover());
+    world.force(node(2));
+    world.history = super::History::default(); // the operator has thrown node 1's writes away
+    world.run(4);
+    assert_eq!(world.serving(), Some(node(2)));
+    world.overwrite(node(2), 40);
+    world.run(2);
+    world.start(node(1));
+    world.run(60);
+    let events = &world.nodes[&node(2)].events;
+    assert!(events.iter().any(|e| matches!(e, Event::Discarding { bytes, .. } if *bytes >= 4 * 4096)));
+    assert_eq!(world.nodes[&node(1)].disk.data, world.nodes[&node(2)].disk.data);
+}
+
+fn report(world: &World) -> PeerReport {
+    PeerReport {
+        trust: SuperblockTrust::Sound,
+        epoch: world.config.epoch,
+        lineage: world.config.lineage,
+        member: world.config.replicas[1].last_member,
+        base: BaseContent::Member,
+        inconsistent: None,
+        damaged_pages: 0,
+    }
+}
+
+#[test]
+fn a_returning_replica_has_three_outcomes() {
+    let mut world = two();
+    let me = world.member_now(node(1));
+    world.crash(node(2));
+    world.run(20);
+    let good = report(&world);
+    let judged = |r: &PeerReport| judge(r, node(2), me, &world.config);
+    assert!(matches!(judged(&good), Verdict::Known { foreign: false, .. }));
+    let doubtful = PeerReport { trust: SuperblockTrust::Doubtful, ..good };
+    assert!(matches!(judged(&doubtful), Verdict::Everything { .. }), "[R16]");
+    let replaced = PeerReport { member: None, base: BaseContent::Unknown, ..good };
+    assert!(matches!(judged(&replaced), Verdict::Everything { .. }), "[R15]");
+    let blank = PeerReport { member: None, base: BaseContent::Zero, ..good };
+    assert!(matches!(judged(&blank), Verdict::Everything { .. }), "a new disk in an old member's place");
+    let stranger = PeerReport { lineage: LineageId(5), ..good };
+    assert!(matches!(judged(&stranger), Verdict::Refused(_)));
+    let mut forked = world.config.clone();
+    forked.history.push(crate::types::LineageFork { lineage: forked.lineage, fork_epoch: Epoch(2) });
+    forked.lineage = LineageId(101);
+    assert!(matches!(judge(&good, node(2), me, &forked), Verdict::Known { foreign: true, .. }));
+    let before_fork = PeerReport { epoch: Epoch(2), ..good };
+    assert!(matches!(judge(&before_fork, node(2), me, &forked), Verdict::Known { foreign: false, .. }));
+}
+
+#[test]
+fn r15_a_replaced_data_object_is_copied_whole() {
+    let mut world = two();
+    for block in [5, 50] {
+        world.write(node(1), block, false);
+    }
+    world.run(60);
+    world.crash(node(2));
+    world.nodes.get_mut(&node(2)).unwrap().disk.data = vec![77; 64];
+    world.nodes.get_mut(&node(2)).unwrap().disk.stable = vec![77; 64];
+    world.run(20);
+    world.start_replaced(node(2));
+    world.converge();
+}
+
+#[test]
+fn damaged_bitmap_pages_make_a_resync_longer_never_shorter() {
+    let mut world = two();
+    world.crash(node(2));
+    world.run(20);
+    for block in [5, 50] {
+        world.write(node(1), block, false);
+    }
+    world.run(60);
+    world.crash(node(1));
+    world.damage_bitmaps(node(1));
+    world.start(node(1));
+    world.start(node(2));
+    world.converge();
+    let started = world.nodes[&node(1)].events.iter().rev().find_map(|e| match e {
+        Event::ResyncStarted { bytes, .. } => Some(*bytes),
+        _ => None,
+    });
+    assert_eq!(started, Some(64 * 4096), "the damaged page reads all-set");
+}
+
+#[test]
+fn a_bounded_intent_map_holds_writers_back_and_loses_nothing() {
+    let mut options = Options { blocks: 64 * 16, ..Options::default() };
+    options.settings.intent_regions_max = 4;
+    let mut world = World::new(&options);
+    world.run(12);
+    for region in 0..40 {
+        world.write(node(1), region * 16, false);
+    }
+    world.run(20);
+    assert_eq!(world.acked_writes, 40, "{:#?}", world.summary());
+    assert!(world.replica(node(1)).status().intent_regions <= 4);
+    world.converge();
+}
+
+#[test]
+fn a_clean_stop_flushes_clears_and_marks() {
+    let mut world = two();
+    world.write(node(1), 1, false);
+    world.run(1);
+    let now = crate::types::Nanos(world.now);
+    for id in [node(1), node(2)] {
+        world.replica(id).begin_stop(now);
+        world.collect(id);
+    }
+    world.run(30);
+    for id in [node(1), node(2)] {
+        assert!(world.nodes[&id].stopped, "{:#?}", world.summary());
+        let image = world.image(id);
+        assert!(image.superblock.clean.is_some());
+        world.crash(id);
+    }
+    world.power_off(node(1));
+    world.power_off(node(2));
+    world.converge();
+}

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use crate::meta::{DataIdentity, Image, Superblock};
 use crate::types::{
-    BlockRange, ClusterId, ConfigView, Epoch, Geometry, Incarnation, LineageFork, LineageId, LogIndex,
-    Member, Nanos, NodeId, Proposal, ProposalId, ProposalKind, ProposalOutcome, Reign, ReplicaSlot,
+    BlockRange, ClusterId, ConfigView, Epoch, Geometry, Health, Incarnation, LineageFork, LineageId,
+    LogIndex, Member, Nanos, NodeId, Proposal, ProposalId, ProposalKind, ProposalOutcome, Reign, ReplicaSlot,
     ReplicaView, VolumeId, VolumeSettings,
 };
 use crate::wire::{BaseContent, BufId, Payload, PeerMsg, SessionId};
@@ -59,6 +59,7 @@ pub(in super::super) struct Node {
     pub(in super::super) replica: Option<Replica>,
     pub(in super::super) incarnation: Incarnation,
     pub(in super::super) disk: TestDisk,
+    os_boot: u128,
     pub(in super::super) pending: VecDeque<DiskRequest>,
     pub(in super::super) disk_paused: bool,
     /// Hears no config, gets no lease, no outcome.
@@ -75,6 +76,9 @@ pub(in super::super) struct Node {
     pub(in super::super) stopped: bool,
 }
 
+/// A message and the content that it carries.
+type OnWire = (PeerMsg, Option<Vec<u64>>);
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Link(NodeId, NodeId);
 
@@ -86,9 +90,11 @@ pub(in super::super) struct World {
     pub(in super::super) rng: Rng,
     pub(in super::super) now: u64,
     /// Messages under way, per direction, with their content copied out of the sender's buffers.
-    wires: BTreeMap<Link, VecDeque<(PeerMsg, Option<Vec<u64>>)>>,
+    wires: BTreeMap<Link, VecDeque<OnWire>>,
     sessions: BTreeMap<Link, SessionId>,
     cut: BTreeSet<Link>,
+    silent: BTreeSet<Link>,
+    replaced: bool,
     pub(in super::super) clogged: BTreeSet<NodeId>,
     next_session: u64,
     next_tag: u64,
@@ -132,6 +138,8 @@ impl World {
             wires: BTreeMap::new(),
             sessions: BTreeMap::new(),
             cut: BTreeSet::new(),
+            silent: BTreeSet::new(),
+            replaced: false,
             clogged: BTreeSet::new(),
             next_session: 1,
             next_tag: 1,
@@ -160,6 +168,7 @@ impl World {
             reign: Reign(0),
             lineage: self.config.lineage,
             member: None,
+            chain: Vec::new(),
             current: Incarnation { boot: 1, nonce: id.0 },
             os_boot: 5,
             inconsistent: None,
@@ -177,6 +186,7 @@ impl World {
             replica: None,
             incarnation: Incarnation { boot: 0, nonce: id.0 },
             disk,
+            os_boot: 5,
             pending: VecDeque::new(),
             disk_paused: false,
             cut_off: false,
@@ -210,7 +220,8 @@ impl World {
             Ok(())
         };
         let image = Image::read(&mut read, &slots).expect("the superblock is readable");
-        n.replica = Some(Replica::new(Boot { me, os_boot: 5, image, data_replaced: false, now }));
+        n.replica =
+            Some(Replica::new(Boot { me, os_boot: n.os_boot, image, data_replaced: self.replaced, now }));
         n.seen = LogIndex(0);
         n.lease_until = 0;
         n.stopped = false;
@@ -252,7 +263,9 @@ impl World {
             self.crash(id);
         }
         let (nodes, rng) = (&mut self.nodes, &mut self.rng);
-        nodes.get_mut(&id).unwrap().disk.lose_power(rng);
+        let n = nodes.get_mut(&id).unwrap();
+        n.disk.lose_power(rng);
+        n.os_boot += 1;
     }
 
     fn others(&self, id: NodeId) -> Vec<NodeId> {
@@ -269,6 +282,86 @@ impl World {
         }
     }
 
+    /// Starts with a data object that is not the one the metadata belongs to.
+    pub(in super::super) fn start_replaced(&mut self, id: NodeId) {
+        self.replaced = true;
+        self.start(id);
+        self.replaced = false;
+    }
+
+    pub(in super::super) fn image(&self, id: NodeId) -> Image {
+        let disk = &self.nodes[&id].disk;
+        let mut read = |offset: u64, out: &mut [u8]| -> Result<(), ()> {
+            disk.read_meta(offset, out);
+            Ok(())
+        };
+        let mine = self.config.slot(id);
+        let slots: Vec<_> =
+            self.config.replicas.iter().map(|r| r.slot).filter(|s| Some(*s) != mine).collect();
+        Image::read(&mut read, &slots).expect("the superblock is readable")
+    }
+
+    /// Flips a bit in every page of every dirty bitmap.
+    pub(in super::super) fn damage_bitmaps(&mut self, id: NodeId) {
+        let area = self.image(id).layout().area(crate::meta::Area::Dirty(ReplicaSlot(0))).offset();
+        for (offset, bytes) in &mut self.nodes.get_mut(&id).unwrap().disk.meta {
+            if *offset >= area {
+                for page in bytes.chunks_mut(512) {
+                    page[100] ^= 4;
+                }
+            }
+        }
+    }
+
+    /// The connections of the clients end.
+    pub(in super::super) fn close_clients(&mut self, id: NodeId) {
+        let conn = ConnId(self.nodes[&id].conn);
+        self.lose_clients(id);
+        let now = Nanos(self.now);
+        self.replica(id).handle_client(now, ClientInput::Closed(conn));
+        self.collect(id);
+    }
+
+    /// Completes the metadata writes in flight of a node whose disk is paused, in order.
+    pub(in super::super) fn complete_meta(&mut self, id: NodeId) {
+        let is_meta = |r: &DiskRequest| matches!(r.op, DiskOp::MetaWrite { .. });
+        while let Some(at) = self.nodes[&id].pending.iter().position(is_meta) {
+            self.complete_disk(id, at);
+        }
+    }
+
+    /// A client writes a block again, whatever became of its last write.
+    pub(in super::super) fn overwrite(&mut self, id: NodeId, block: u64) -> u64 {
+        self.history.write_lost(block);
+        self.write(id, block, false)
+    }
+
+    pub(in super::super) fn outcome_unknown(&mut self, id: NodeId, proposal: ProposalId) {
+        let now = Nanos(self.now);
+        self.replica(id).handle_proposal(now, proposal, ProposalOutcome::Unknown);
+        self.collect(id);
+    }
+
+    pub(in super::super) fn refuses(&mut self, proposal: Proposal) -> bool {
+        matches!(self.apply(&proposal), ProposalOutcome::Refused(_))
+    }
+
+    /// Messages from `a` to `b` wait.
+    pub(in super::super) fn cut_wire(&mut self, a: NodeId, b: NodeId) {
+        self.silent.insert(Link(a, b));
+    }
+
+    pub(in super::super) fn restore_wires(&mut self) {
+        self.silent.clear();
+    }
+
+    /// Settles while `id` does nothing.
+    pub(in super::super) fn settle_without(&mut self, id: NodeId) {
+        self.nodes.get_mut(&id).unwrap().disk_paused = true;
+        self.settle();
+        self.nodes.get_mut(&id).unwrap().disk_paused = false;
+    }
+
     // Links.
 
     pub(in super::super) fn cut(&mut self, a: NodeId, b: NodeId) {
@@ -279,6 +372,7 @@ impl World {
 
     pub(in super::super) fn heal(&mut self) {
         self.cut.clear();
+        self.silent.clear();
         self.clogged.clear();
         for n in self.nodes.values_mut() {
             n.cut_off = false;
@@ -480,6 +574,9 @@ impl World {
         let at = usize::try_from(block).unwrap();
         for member in &self.config.in_sync {
             let n = &self.nodes[&member.node];
+            if n.replica.is_none() || n.incarnation != member.incarnation {
+                continue; // died since it acknowledged: one failure
+            }
             assert_eq!(n.disk.data[at], tag, "{} lacks an acknowledged write of block {block}", member.node);
         }
         if let [only] = self.config.in_sync.as_slice() {
@@ -608,7 +705,8 @@ impl World {
         for id in self.nodes.keys().copied().collect::<Vec<_>>() {
             let n = self.nodes.get_mut(&id).unwrap();
             let Some(replica) = n.replica.as_mut() else { continue };
-            if !n.cut_off {
+            // A grant counts only once the node has applied what the leader had [R1].
+            if !n.cut_off && n.seen == self.config.index {
                 n.lease_until = self.now + LEASE;
                 replica.handle_lease(Nanos(self.now), Lease { until: Nanos(n.lease_until) });
             }
@@ -646,7 +744,7 @@ impl World {
             }
         }
         for (link, queue) in &self.wires {
-            if !queue.is_empty() && !self.clogged.contains(&link.0) {
+            if !queue.is_empty() && !self.clogged.contains(&link.0) && !self.silent.contains(link) {
                 choices.push((3, link.0, link.1));
             }
         }
@@ -720,7 +818,10 @@ impl World {
             }
             ProposalKind::Join(m) if self.nodes[&m.node].incarnation == m.incarnation => {
                 assert!(config.member(m.node).is_none(), "{} joins twice", m.node);
-                self.assert_holds_everything(m.node, proposal.by.node);
+                // A proposer that has died left writes under way, which its intent map names.
+                if self.member_now(proposal.by.node) == proposal.by {
+                    self.assert_holds_everything(m.node, proposal.by.node);
+                }
                 next.in_sync.push(m);
                 next.in_sync.sort();
             }
@@ -801,16 +902,17 @@ impl World {
     fn restart_promotion(&mut self) -> bool {
         let all_back = self.config.in_sync.iter().all(|m| {
             let n = &self.nodes[&m.node];
-            n.replica.is_some() && n.incarnation != m.incarnation && !n.cut_off
+            let healthy = n.replica.as_ref().is_some_and(|r| r.health() == Health::Healthy);
+            healthy && n.incarnation != m.incarnation && !n.cut_off
         });
         if !all_back {
             return false;
         }
-        let eligible = self.config.in_sync.iter().find(|m| {
-            let report = self.nodes[&m.node].replica.as_ref().unwrap().report();
-            report.member == Some(m.incarnation) && !report.inconsistent
-        });
-        let Some(chosen) = eligible.map(|m| self.member_now(m.node)) else { return false };
+        let reports =
+            self.config.in_sync.iter().map(|m| (m, self.nodes[&m.node].replica.as_ref().unwrap().report()));
+        let eligible = reports.filter(|(m, r)| r.member == Some(m.incarnation) && !r.inconsistent);
+        let Some((chosen, _)) = eligible.max_by_key(|(_, r)| r.same_os_boot) else { return false };
+        let chosen = self.member_now(chosen.node);
         let mut next = self.config.clone();
         next.in_sync = vec![chosen];
         next.primary = Some(chosen);

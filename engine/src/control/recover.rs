@@ -1,0 +1,185 @@
+//! Recovery without a quorum, offline, on one node: a new cluster with this node as its only voter
+//! [R17, R19].
+//!
+//! The operator decides that the other voters are gone or are not to be believed. What the cluster state
+//! here does not know is lost, so every volume starts a new lineage far above any epoch that the old
+//! cluster can have reached. The old voters belong to another cluster from now on and are refused until
+//! they are added again. Never run by anything but an operator; no block data is touched.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use openraft::Membership;
+
+use crate::types::{ClusterId, Epoch, LineageFork, LineageId, LogIndex, Member, NodeId, Reign, VolumeId};
+
+use super::error::ControlError;
+use super::raft::{LogId, RaftNode, StoredMembership, Vote};
+use super::random::random_u128;
+use super::state::{ClusterState, StoreId, VolumeRecord};
+use super::store::{self, Machine, apply_offline};
+
+/// Distance from the highest known epoch to the epochs of the new cluster. The old cluster, should it live
+/// on somewhere, does not get there.
+pub const RECOVERED_EPOCH_STEP: u64 = 1 << 32;
+
+/// What a recovery did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecoverReport {
+    /// The cluster that is given up.
+    pub old_cluster: Option<ClusterId>,
+    /// The new cluster.
+    pub cluster: ClusterId,
+    /// The new identity of this node's store.
+    pub store: StoreId,
+    /// Volumes of the new cluster.
+    pub volumes: Vec<RecoveredVolume>,
+    /// Volumes without a replica here, which the new cluster does not know: id and name.
+    pub dropped: Vec<(VolumeId, String)>,
+    /// Nodes to add again: id and name.
+    pub nodes_lost: Vec<(NodeId, String)>,
+}
+
+/// One volume after a recovery.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecoveredVolume {
+    /// Its id.
+    pub id: VolumeId,
+    /// Its name.
+    pub name: String,
+    /// Last epoch of the old lineage known here.
+    pub fork_epoch: Epoch,
+    /// Its epoch now.
+    pub epoch: Epoch,
+    /// The new lineage.
+    pub lineage: LineageId,
+    /// This replica was in sync when the old cluster was last heard of. If not, what it lacks is lost, and
+    /// only a forced promotion makes it primary.
+    pub was_in_sync: bool,
+}
+
+/// Makes a new cluster of this node alone. The node must be stopped.
+///
+/// # Errors
+/// The store is missing, in use, refused, or never belonged to a cluster; I/O errors.
+pub fn recover_force(dir: &Path, me: NodeId) -> Result<RecoverReport, ControlError> {
+    let (db, _, boot) = store::open_uncounted(dir, me)?;
+    let path = store::store_path(dir);
+    let damaged = |what: String| ControlError::Damaged { path: path.clone(), what };
+    let mut machine = db.machine().map_err(|e| damaged(e.to_string()))?;
+    // What was committed for certain counts as well. What only stands in the log may never have been.
+    let applied = machine.last_applied.map_or(0, |id| id.index);
+    let committed = db.committed().map_err(|e| damaged(e.to_string()))?.map_or(0, |id| id.index);
+    let entries = db.entries(applied + 1..committed.max(applied) + 1).map_err(|e| damaged(e.to_string()))?;
+    apply_offline(&mut machine, entries);
+    if !machine.state.nodes.contains_key(&me) {
+        return Err(ControlError::Options(format!(
+            "{me} never belonged to a cluster, so there is nothing to recover; start it with its founders"
+        )));
+    }
+    let last_term = db.last_entry().map_err(|e| damaged(e.to_string()))?.map_or(0, |id| id.leader_id.term);
+    let vote_term = db.vote().map_err(|e| damaged(e.to_string()))?.map_or(0, |v| v.leader_id.term);
+    let term = last_term.max(vote_term).max(machine.last_applied.map_or(0, |id| id.leader_id.term)) + 1;
+
+    let random = || random_u128().map_err(ControlError::io("cannot draw a random number"));
+    let cluster = ClusterId(random()?);
+    let store = store::rename_identity(dir, &db, me, boot)?;
+    let old_cluster = machine.state.cluster;
+    let mut report = RecoverReport {
+        old_cluster,
+        cluster,
+        store,
+        volumes: Vec::new(),
+        dropped: Vec::new(),
+        nodes_lost: Vec::new(),
+    };
+    let mut lineages = Vec::new();
+    for _ in 0..machine.state.volumes.len() {
+        lineages.push(LineageId(random()?));
+    }
+    rewrite(&mut machine, cluster, store, me, lineages, &mut report);
+    machine.state.check().map_err(damaged)?;
+    db.restart_from(&machine, cluster, &Vote::new(term, me.0)).map_err(|e| damaged(e.to_string()))?;
+    Ok(report)
+}
+
+fn rewrite(
+    machine: &mut Machine,
+    cluster: ClusterId,
+    store: StoreId,
+    me: NodeId,
+    lineages: Vec<LineageId>,
+    report: &mut RecoverReport,
+) {
+    let state: &mut ClusterState = &mut machine.state;
+    let addr = state.nodes.get(&me).map(|n| n.addrs.control.clone()).unwrap_or_default();
+    state.cluster = Some(cluster);
+    state.recent.clear();
+    // The lost ones may come back under their ids, with new stores: their replicas keep their slots, so that
+    // they need not be copied whole.
+    state.retired.clear();
+    let (mine, lost): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        std::mem::take(&mut state.nodes).into_iter().partition(|(id, _)| *id == me);
+    state.nodes = mine;
+    report.nodes_lost = lost.into_iter().map(|(id, node)| (id, node.name)).collect();
+    if let Some(node) = state.nodes.get_mut(&me) {
+        node.store = store;
+    }
+    // An index of its own, so that the configs before and after do not share one.
+    let last = machine.last_applied.unwrap_or_default();
+    let next = LogId::new(last.leader_id, last.index + 1);
+    machine.last_applied = Some(next);
+    state.applied = LogIndex(next.index);
+    let newest = state.newest(me).unwrap_or_default();
+    let volumes = std::mem::take(&mut state.volumes);
+    for ((id, volume), lineage) in volumes.into_iter().zip(lineages) {
+        match recover_volume(volume, me, newest, lineage, state.applied) {
+            Ok((volume, recovered)) => {
+                state.volumes.insert(id, volume);
+                report.volumes.push(recovered);
+            }
+            Err(name) => report.dropped.push((id, name)),
+        }
+    }
+    let nodes = BTreeMap::from([(me.0, RaftNode { store, addr })]);
+    let membership = Membership::new(vec![[me.0].into()], nodes);
+    machine.membership = StoredMembership::new(Some(next), membership);
+}
+
+/// Gives the volume's name back if there is no replica of it here.
+fn recover_volume(
+    mut v: VolumeRecord,
+    me: NodeId,
+    newest: crate::types::Incarnation,
+    lineage: LineageId,
+    index: LogIndex,
+) -> Result<(VolumeRecord, RecoveredVolume), String> {
+    let Some(last_member) = v.replica(me).map(|r| r.last_member) else { return Err(v.name) };
+    let fork_epoch = v.epoch;
+    let named = v.member(me);
+    // The run that the superblock here records if its content continues from there. Were it not in sync,
+    // its report would not match and only a force would promote it [R6].
+    let incarnation = named.map(|m| m.incarnation).or(last_member).unwrap_or(newest);
+    let member = Member { node: me, incarnation };
+    v.history.push(LineageFork { lineage: v.lineage, fork_epoch });
+    v.lineage = lineage;
+    v.epoch = Epoch(fork_epoch.0.saturating_add(RECOVERED_EPOCH_STEP));
+    v.reign = Reign(v.epoch.0);
+    v.index = index;
+    v.in_sync = vec![member];
+    if named.is_none() {
+        v.continued_from.clear();
+    }
+    // An operator who recovers wants the volume served; one that was demoted stays so.
+    v.primary = (!v.demoted).then_some(member);
+    v.primary_last = Some(member);
+    let recovered = RecoveredVolume {
+        id: v.id,
+        name: v.name.clone(),
+        fork_epoch,
+        epoch: v.epoch,
+        lineage,
+        was_in_sync: named.is_some(),
+    };
+    Ok((v, recovered))
+}

@@ -1,0 +1,310 @@
+//! Client connections, through whole volumes and (where buffers are counted) by hand.
+
+use std::net::{TcpListener, TcpStream};
+
+use super::*;
+use crate::reactor::clients::{Clients, Next, REQUESTS_MAX};
+use crate::reactor::ring::{Completion, Hold, Io, Token};
+use crate::replica::ConnId;
+
+const MIB: u32 = 1 << 20;
+
+#[test]
+fn reads_and_writes_of_any_alignment_round_trip() {
+    let rig = Rig::new(64 << 20);
+    let mut client = rig.client();
+    let mut model = vec![0_u8; 40 << 20];
+    for (at, len) in [(0, 4096), (4096, 65536), (5, 1), (4095, 2), (100_000, 300_000), (1 << 20, 33 << 20)] {
+        let len = len.min(32 << 20);
+        let bytes = pattern(len, at as u8);
+        client.write(at as u64, &bytes);
+        model[at..at + len].copy_from_slice(&bytes);
+    }
+    for (at, len) in [(0, 40_000), (3, 1), (4095, 2), (99_999, 300_002), (1 << 20, 32 << 20)] {
+        let read = client.read(at as u64, u32::try_from(len).unwrap());
+        assert!(read == model[at..at + len], "{len} bytes at {at}");
+    }
+    rig.stop();
+    let data = std::fs::read(paths(&rig.dir).data).unwrap();
+    assert!(data[..model.len()] == model, "the data file holds the content");
+}
+
+#[test]
+fn many_requests_in_flight_over_tcp_are_all_answered() {
+    let rig = Rig::new(16 << 20);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (there, _) = listener.accept().unwrap();
+    rig.volume.client_connected(OwnedFd::from(there), Box::new(Toy), "tcp".into());
+    let mut sender = Client(stream.try_clone().unwrap());
+    let writer = std::thread::spawn(move || {
+        for n in 0..2000_u64 {
+            sender.send(WRITE, n, n * 4096, 4096, &pattern(4096, n as u8));
+        }
+    });
+    let mut receiver = Client(stream);
+    let mut seen: Vec<u64> =
+        (0..2000).map(|_| receiver.reply()).inspect(|r| assert_eq!(r.1, 0)).map(|r| r.0).collect();
+    seen.sort_unstable();
+    assert!(seen.into_iter().eq(0..2000));
+    writer.join().unwrap();
+    assert_eq!(receiver.read(1999 * 4096, 4096), pattern(4096, 1999_u64 as u8));
+    rig.stop();
+}
+
+#[test]
+fn requests_outside_the_volume_or_too_long_are_refused_and_their_payload_drained() {
+    let rig = Rig::new(64 << 20);
+    let mut client = rig.client();
+    let long = 32 * MIB + 1;
+    client.send(WRITE, 1, 0, long, &vec![0xAA; long as usize]);
+    assert_eq!(client.reply(), (1, 1));
+    client.send(READ, 2, 0, long, &[]);
+    assert_eq!(client.reply(), (2, 1));
+    client.send(WRITE, 3, (64 << 20) - 10, 20, &[0xAA; 20]);
+    assert_eq!(client.reply(), (3, 1));
+    client.send(READ, 4, u64::MAX - 3, 8, &[]);
+    assert_eq!(client.reply(), (4, 1));
+    client.send(TRIM, 5, 0, u32::MAX, &[]);
+    assert_eq!(client.reply(), (5, 1));
+    client.send(READ, 6, 1 << 40, 0, &[]);
+    assert_eq!(client.reply(), (6, 0), "nothing to do");
+    assert_eq!(client.read((64 << 20) - 4096, 4096), [0; 4096]);
+    assert_eq!(rig.shared.count("request"), 1, "only the last one reached the core");
+}
+
+#[test]
+fn a_long_trim_reaches_the_core_in_pieces_and_is_answered_once() {
+    let rig = Rig::new(128 << 20);
+    let mut client = rig.client();
+    client.write(0, &pattern(8192, 1));
+    client.write(100 << 20, &pattern(8192, 1));
+    client.send(TRIM, 9, 100, 100 * MIB, &[]);
+    assert_eq!(client.reply(), (9, 0));
+    assert_eq!(rig.shared.count("request 1 Zero 33554432"), 3);
+    assert_eq!(rig.shared.count("request 1 Zero"), 4);
+    assert_eq!(client.read(50 << 20, 4096), [0; 4096]);
+    client.send(FLUSH, 10, 0, 0, &[]);
+    assert_eq!(client.reply(), (10, 0));
+}
+
+#[test]
+fn a_goodbye_is_followed_by_what_is_in_flight_and_then_the_end() {
+    let rig = Rig::new(1 << 20);
+    rig.hold();
+    let mut client = rig.client();
+    client.send(WRITE, 1, 0, 4096, &[1; 4096]);
+    client.send(GOODBYE, 0, 0, 0, &[]);
+    eventually("the write arrived", || rig.shared.count("request") == 1);
+    rig.let_go();
+    assert_eq!(client.reply(), (1, 0));
+    assert!(client.is_closed());
+    eventually("the core knows", || rig.shared.count("closed 1") == 1);
+}
+
+#[test]
+fn bytes_that_are_not_the_protocol_close_the_connection_alone() {
+    let rig = Rig::new(1 << 20);
+    let (mut good, mut bad) = (rig.client(), rig.client());
+    bad.0.write_all(&[0xFF; TOY_HEADER * 3]).unwrap();
+    assert!(bad.is_closed());
+    good.write(0, &[1; 10]);
+    assert_eq!(rig.shared.log().iter().filter(|l| l.starts_with("closed")).count(), 1);
+}
+
+/// [R24]: a client that shut down while its connection is not read is gone at once, and what it had
+/// sent and nobody had read never starts.
+#[test]
+fn r24_a_shut_down_is_seen_while_the_connection_is_not_read() {
+    let rig = Rig::new(4 << 20);
+    rig.hold();
+    let mut client = rig.client();
+    for n in 0..u64::from(REQUESTS_MAX) + 8 {
+        client.send(WRITE, n, n * 4096, 4096, &[1; 4096]);
+    }
+    eventually("reading stopped", || rig.shared.count("request") == REQUESTS_MAX as usize);
+    client.0.shutdown(std::net::Shutdown::Write).unwrap();
+    eventually("the core knows", || rig.shared.count("closed 1") == 1);
+    rig.let_go();
+    let mut next = rig.client();
+    assert_eq!(next.read(0, 4096), [0; 4096], "nothing of the old connection was started");
+    assert_eq!(rig.shared.count("request 1"), REQUESTS_MAX as usize);
+}
+
+/// [R24]: before a new connection is read, those whose client has shut down are closed, so that a replay
+/// is never overtaken by the original.
+#[test]
+fn r24_a_new_connection_is_served_only_after_shut_down_ones_are_closed() {
+    for _ in 0..50 {
+        let rig = Rig::new(1 << 20);
+        let mut old = rig.client();
+        old.write(0, &[1; 4096]);
+        rig.hold();
+        old.send(WRITE, 5, 0, 4096, &[2; 4096]);
+        old.0.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut new = rig.client();
+        new.send(READ, 6, 0, 4096, &[]);
+        eventually("the new request arrived", || rig.shared.count("request 2") == 1);
+        let log = rig.shared.log();
+        let closed = log.iter().position(|l| l == "closed 1").expect("closed before the new one is read");
+        let first = log.iter().position(|l| l.starts_with("request 2")).unwrap();
+        assert!(closed < first, "{log:?}");
+        assert!(!log[closed..].iter().any(|l| l.starts_with("request 1")), "{log:?}");
+    }
+}
+
+/// [R24]: what stays unread for too long may be stale, and is dropped with its connection.
+#[test]
+fn r24_a_connection_that_stays_unread_is_closed() {
+    let mut options = ReactorOptions::new("test");
+    options.unread_max = Duration::from_millis(150);
+    let rig = Rig::with(4 << 20, options);
+    rig.hold();
+    let mut quiet = rig.client();
+    let mut client = rig.client();
+    for n in 0..u64::from(REQUESTS_MAX) + 1 {
+        client.send(FLUSH, n, 0, 0, &[]);
+    }
+    eventually("reading stopped", || rig.shared.count("request 2") == REQUESTS_MAX as usize);
+    let start = Instant::now();
+    assert!(client.is_closed());
+    assert!(start.elapsed() >= Duration::from_millis(100), "{:?}", start.elapsed());
+    rig.let_go();
+    quiet.write(0, &[1; 1]);
+}
+
+/// [R23]: another reign: every connection is closed, nothing is answered, nothing of it starts later.
+#[test]
+fn r23_close_clients_closes_all_of_them_unanswered() {
+    let rig = Rig::new(1 << 20);
+    rig.hold();
+    let mut clients = [rig.client(), rig.client()];
+    for client in &mut clients {
+        client.send(WRITE, 1, 0, 4096, &[1; 4096]);
+    }
+    eventually("both arrived", || rig.shared.count("request") == 2);
+    rig.volume.lease(Lease { until: Nanos(0) });
+    for client in &mut clients {
+        assert!(client.is_closed(), "closed without an answer");
+    }
+    eventually("the core knows", || rig.shared.count("closed") == 2);
+    rig.let_go();
+    assert_eq!(rig.client().read(0, 4096), [0; 4096]);
+}
+
+#[test]
+fn client_bytes_beyond_the_bound_wait_and_are_served_in_turn() {
+    let rig = Rig::new(64 << 20);
+    rig.hold();
+    let mut first = rig.client();
+    for n in 0..9 {
+        first.send(READ, n, 0, 32 * MIB, &[]);
+    }
+    eventually("the bound is reached", || rig.shared.count("request 1") == 8);
+    let mut second = rig.client();
+    second.send(READ, 1, 0, 1, &[]);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(rig.shared.count("request"), 8, "back-pressure");
+    rig.let_go();
+    for _ in 0..9 {
+        assert_eq!(first.reply().1, 0);
+        first.0.read_exact(&mut vec![0; 32 << 20]).unwrap();
+    }
+    assert_eq!(second.reply(), (1, 0));
+}
+
+/// Clients driven by hand, to see every buffer.
+struct Bench {
+    io: Io,
+    clients: Clients,
+}
+
+impl Bench {
+    fn new() -> (Self, ConnId, Client<UnixStream>) {
+        let mut io = Io::new(16, 0).unwrap();
+        let mut clients = Clients::new(geometry(1 << 30), Duration::from_secs(20));
+        let (here, there) = UnixStream::pair().unwrap();
+        let conn = clients.add(&mut io, OwnedFd::from(there), Box::new(Toy), "test".into()).unwrap();
+        clients.arm(&mut io, conn, Nanos(0));
+        (Self { io, clients }, conn, Client(here))
+    }
+
+    fn turn(&mut self) -> Vec<Completion> {
+        let mut done = Vec::new();
+        self.io.turn(Some(Duration::from_millis(50)), &mut done).unwrap();
+        done
+    }
+
+    /// Takes one receive; what comes of it.
+    fn receive(&mut self, conn: ConnId) -> Option<Next> {
+        let done = self.turn().into_iter().find(|c| c.token == Token::ClientReceive(conn))?;
+        let Hold::Buffer(buf) = done.hold else { panic!("a receive holds a buffer") };
+        self.clients.received(conn, buf, done.result).unwrap();
+        self.io.buffers.release(buf);
+        let next = self.clients.next(&mut self.io, conn);
+        self.clients.arm(&mut self.io, conn, Nanos(0));
+        next
+    }
+
+    /// Reaps everything after the end of all connections.
+    fn drain(&mut self) {
+        while self.io.in_kernel() > 0 {
+            for done in self.turn() {
+                if let Hold::Buffer(buf) = done.hold {
+                    self.io.buffers.release(buf);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_disconnect_in_the_middle_of_a_write_gives_every_buffer_back() {
+    for sent in [100, 5000, 40_000, 1 << 20] {
+        let (mut bench, conn, mut client) = Bench::new();
+        client.send(WRITE, 1, 4096, 4 * MIB, &[]);
+        let sender = std::thread::spawn(move || {
+            // The other side may close before everything is out.
+            let _closed = client.0.write_all(&vec![1; sent]);
+            client
+        });
+        while !sender.is_finished() {
+            assert!(bench.receive(conn).is_none());
+        }
+        let _client = sender.join().unwrap();
+        assert!(bench.clients.close(&mut bench.io, conn, "test"));
+        bench.drain();
+        assert_eq!((bench.io.buffers.in_use(), bench.io.buffers.client_bytes()), (0, 0));
+    }
+}
+
+#[test]
+fn requests_that_end_with_their_connection_give_their_client_bytes_back() {
+    let (mut bench, conn, mut client) = Bench::new();
+    client.send(READ, 1, 4096, 4 * MIB, &[]);
+    client.send(WRITE, 2, 4096, 100, &[1; 100]);
+    let Some(Next::Request(read)) = bench.receive(conn) else { panic!("a read") };
+    assert_eq!(bench.io.buffers.client_bytes(), 4 << 20);
+    let Some(Next::Request(write)) = bench.clients.next(&mut bench.io, conn) else { panic!("a write") };
+    let ClientOp::Write(payload) = write.op else { panic!("a write") };
+    assert_eq!(payload.len, 4096, "whole blocks");
+    assert_eq!(bench.io.buffers.client_bytes(), (4 << 20) + 4096);
+    bench.clients.close(&mut bench.io, conn, "test");
+    assert_eq!(bench.io.buffers.client_bytes(), 4096, "the write's buffer is the core's until it lets go");
+    let late = bench.io.buffers.alloc(4 << 20);
+    let data = ReplyData::Read { buf: late, skip: 0, len: 4 * MIB };
+    assert!(bench.clients.reply(&mut bench.io, conn, read.cookie, Ok(data)).is_none(), "dropped");
+    bench.io.buffers.release(late);
+    bench.io.buffers.release(payload.buf);
+    bench.drain();
+    assert_eq!((bench.io.buffers.in_use(), bench.io.buffers.client_bytes()), (0, 0));
+}
+
+/// [R24]: the sockets themselves are asked, not only what the ring has reported so far.
+#[test]
+fn r24_a_shut_down_client_is_found_before_the_ring_reports_it() {
+    let (bench, conn, client) = Bench::new();
+    assert!(bench.clients.gone().is_empty());
+    drop(client);
+    assert_eq!(bench.clients.gone(), [conn]);
+}
