@@ -40,8 +40,14 @@ pub fn ensure(config: &NodeConfig) -> anyhow::Result<()> {
 pub struct Recovered {
     /// The new cluster's id.
     pub cluster: String,
-    /// Volumes that this node serves from now on.
+    /// Volumes of the new cluster.
     pub volumes: Vec<String>,
+    /// Those of them whose replica here was not in sync: only a forced promotion makes it primary.
+    pub not_in_sync: Vec<String>,
+    /// Volumes without a replica here, which the new cluster does not know.
+    pub dropped: Vec<String>,
+    /// Nodes that belonged to the old cluster and are refused from now on.
+    pub nodes_lost: Vec<String>,
     /// For people.
     pub text: String,
 }
@@ -60,14 +66,28 @@ pub fn recover(config: &NodeConfig, force: bool) -> anyhow::Result<Recovered> {
     let lock = DirLock::take(&config.dir, PID_FILE, "recover")?;
     let report = control::recover_force(&config.dir, config.id)?;
     drop(lock);
-    Ok(Recovered {
-        cluster: report.cluster.to_string(),
-        volumes: report.volumes.iter().map(|v| v.name.clone()).collect(),
-        text: format!(
-            "{} is the sole voter of the new cluster {}; start it with: blkrepl serve --config {}",
-            config.name,
-            report.cluster,
-            config.file.display()
+    let mut text = format!(
+        "{} is the sole voter of the new cluster {}; start it with: blkrepl serve --config {}",
+        config.name,
+        report.cluster,
+        config.file.display()
+    );
+    let volumes: Vec<String> = report.volumes.iter().map(|v| v.name.clone()).collect();
+    let not_in_sync: Vec<String> =
+        report.volumes.iter().filter(|v| !v.was_in_sync).map(|v| v.name.clone()).collect();
+    let dropped: Vec<String> = report.dropped.into_iter().map(|(_, name)| name).collect();
+    let nodes_lost: Vec<String> = report.nodes_lost.into_iter().map(|(_, name)| name).collect();
+    for (names, what) in [
+        (
+            &not_in_sync,
+            "not in sync here: what it lacks is lost, and `blkrepl promote VOL --force` makes it primary",
         ),
-    })
+        (&dropped, "without a replica here, and forgotten"),
+        (&nodes_lost, "no longer of this cluster, and refused"),
+    ] {
+        if !names.is_empty() {
+            text.push_str(&format!("\n  {}: {what}", names.join(", ")));
+        }
+    }
+    Ok(Recovered { cluster: report.cluster.to_string(), volumes, not_in_sync, dropped, nodes_lost, text })
 }
