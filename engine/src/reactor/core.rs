@@ -1,6 +1,6 @@
 //! What the reactor drives: the sans-IO core of one volume.
 
-use crate::replica::{ClientInput, DiskDone, Lease, Output, PeerInput};
+use crate::replica::{ClientInput, DiskDone, Lease, Output, PeerInput, Replica};
 use crate::types::{ConfigView, Nanos, NodeId, ProposalId, ProposalOutcome, ReplicaStatus};
 
 /// The sans-IO core as its driver sees it. It lives on the volume's thread alone, so it need not be
@@ -39,4 +39,47 @@ pub trait Core {
     fn poll_deadline(&self) -> Option<Nanos>;
     /// A snapshot for operators and the failover controller.
     fn status(&self) -> ReplicaStatus;
+}
+
+/// The core that production drives. Every method is the core's own of the same name.
+impl Core for Replica {
+    fn handle_client(&mut self, now: Nanos, input: ClientInput) {
+        Self::handle_client(self, now, input);
+    }
+    fn handle_disk(&mut self, now: Nanos, done: DiskDone) {
+        Self::handle_disk(self, now, done);
+    }
+    fn handle_peer(&mut self, now: Nanos, input: PeerInput) {
+        Self::handle_peer(self, now, input);
+    }
+    fn handle_config(&mut self, now: Nanos, config: ConfigView) {
+        Self::handle_config(self, now, config);
+    }
+    fn handle_lease(&mut self, now: Nanos, lease: Lease) {
+        Self::handle_lease(self, now, lease);
+    }
+    fn handle_proposal(&mut self, now: Nanos, id: ProposalId, outcome: ProposalOutcome) {
+        Self::handle_proposal(self, now, id, outcome);
+    }
+    fn handle_tick(&mut self, now: Nanos) {
+        Self::handle_tick(self, now);
+    }
+    fn begin_move(&mut self, now: Nanos, to: NodeId) -> Result<(), String> {
+        Self::begin_move(self, now, to)
+    }
+    fn begin_demote(&mut self, now: Nanos) -> Result<(), String> {
+        Self::begin_demote(self, now)
+    }
+    fn begin_stop(&mut self, now: Nanos) {
+        Self::begin_stop(self, now);
+    }
+    fn poll_output(&mut self) -> Option<Output> {
+        Self::poll_output(self)
+    }
+    fn poll_deadline(&self) -> Option<Nanos> {
+        Self::poll_deadline(self)
+    }
+    fn status(&self) -> ReplicaStatus {
+        Self::status(self)
+    }
 }

@@ -1,0 +1,247 @@
+//! Serves the admin socket: reads request lines, hands them to an [`AdminApi`], writes reply lines.
+//!
+//! Bounded: a request line longer than [`REQUEST_BYTES_MAX`] and more than [`CONNECTIONS_MAX`]
+//! connections at once are refused. The socket is readable and writable by its owner only.
+
+use std::future::Future;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+
+use thiserror::Error;
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+
+use super::{REQUEST_BYTES_MAX, Reply, Request};
+use crate::events::EventLog;
+
+/// Connections served at once; further ones wait in the listen queue.
+pub const CONNECTIONS_MAX: usize = 128;
+
+/// A boxed future of a reply.
+pub type ReplyFuture = Pin<Box<dyn Future<Output = Reply> + Send>>;
+
+/// Carries out requests other than events.
+pub trait AdminApi: Send + Sync + 'static {
+    /// Carries out one request.
+    fn handle(&self, request: Request) -> ReplyFuture;
+}
+
+/// Why the socket cannot be served.
+#[derive(Debug, Error)]
+#[error(
+    "cannot serve the admin socket {path}: {source}; remove what stands there or set listen.admin in node.toml"
+)]
+pub struct ListenError {
+    path: PathBuf,
+    source: std::io::Error,
+}
+
+/// Binds the socket. The caller holds the node's directory lock, so a socket file that is left over
+/// belongs to nobody and is replaced.
+///
+/// # Errors
+/// [`ListenError`].
+pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
+    let fail = |source| ListenError { path: path.to_path_buf(), source };
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).map_err(fail)?;
+    }
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        return Err(fail(std::io::Error::new(
+            std::io::ErrorKind::AddrInUse,
+            "another process answers on it",
+        )));
+    }
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(fail(e)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).map_err(fail)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
+    Ok(listener)
+}
+
+/// Serves until the task is dropped.
+pub async fn serve(listener: UnixListener, api: Arc<dyn AdminApi>, events: Arc<EventLog>) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let (api, events) = (Arc::clone(&api), Arc::clone(&events));
+                tokio::spawn(async move {
+                    let _slot = slot;
+                    if let Err(error) = connection(stream, api, events).await {
+                        tracing::debug!("admin connection ended: {error}");
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!("cannot accept on the admin socket: {error}");
+                tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+            }
+        }
+    }
+}
+
+async fn connection(
+    stream: UnixStream,
+    api: Arc<dyn AdminApi>,
+    events: Arc<EventLog>,
+) -> std::io::Result<()> {
+    let (read, mut write) = stream.into_split();
+    let mut read = BufReader::new(read);
+    while let Some(line) = read_line(&mut read).await? {
+        let reply = match serde_json::from_slice::<Request>(&line) {
+            Ok(Request::Events { after, follow: true }) => {
+                return follow(after, &events, &mut read, &mut write).await;
+            }
+            Ok(Request::Events { after, follow: false }) => to_reply(&all_after(after, &events)),
+            Ok(request) => api.handle(request).await,
+            Err(error) => Reply::Error(format!(
+                "this node does not understand the request ({error}); use a blkrepl of its version ({})",
+                env!("CARGO_PKG_VERSION")
+            )),
+        };
+        write_line(&mut write, &reply).await?;
+    }
+    Ok(())
+}
+
+async fn read_line(read: &mut (impl AsyncBufRead + Unpin)) -> std::io::Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    let n = read.take(REQUEST_BYTES_MAX as u64).read_until(b'\n', &mut line).await?;
+    match n {
+        0 => Ok(None),
+        REQUEST_BYTES_MAX if line.last() != Some(&b'\n') => {
+            Err(std::io::Error::new(std::io::ErrorKind::InvalidData, "request line too long"))
+        }
+        _ => Ok(Some(line)),
+    }
+}
+
+async fn write_line(write: &mut (impl AsyncWriteExt + Unpin), reply: &Reply) -> std::io::Result<()> {
+    let mut line = serde_json::to_vec(reply)?;
+    line.push(b'\n');
+    write.write_all(&line).await
+}
+
+/// Turns a value into a reply.
+pub fn to_reply(value: &impl serde::Serialize) -> Reply {
+    serde_json::to_value(value).map_or_else(
+        |error| Reply::Error(format!("the answer cannot be written as JSON: {error}")),
+        Reply::Ok,
+    )
+}
+
+fn all_after(mut after: u64, events: &EventLog) -> Vec<crate::events::EventRecord> {
+    let mut all = Vec::new();
+    loop {
+        let batch = events.after(after);
+        let Some(last) = batch.last() else { return all };
+        after = last.seq;
+        all.extend(batch);
+        if all.len() >= crate::events::EVENTS_MAX {
+            return all;
+        }
+    }
+}
+
+async fn follow(
+    mut after: u64,
+    events: &EventLog,
+    read: &mut (impl AsyncBufRead + Unpin),
+    write: &mut (impl AsyncWriteExt + Unpin),
+) -> std::io::Result<()> {
+    let mut news = events.watch();
+    loop {
+        news.mark_unchanged();
+        for event in events.after(after) {
+            after = event.seq;
+            write_line(write, &to_reply(&event)).await?;
+        }
+        if *news.borrow() > after {
+            continue;
+        }
+        tokio::select! {
+            changed = news.changed() => if changed.is_err() { return Ok(()) },
+            // A client that leaves (or talks) ends the stream.
+            _ = read.fill_buf() => return Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admin::client::{AdminClient, AskError, ask};
+    use crate::events::{EventRecord, Happening};
+    use std::time::Duration;
+
+    struct Fake;
+
+    impl AdminApi for Fake {
+        fn handle(&self, request: Request) -> ReplyFuture {
+            Box::pin(async move {
+                match request {
+                    Request::Demote { volume } => Reply::Error(format!("no volume named '{volume}'")),
+                    other => to_reply(&format!("{other:?}")),
+                }
+            })
+        }
+    }
+
+    fn start(dir: &Path) -> (PathBuf, Arc<EventLog>) {
+        let path = dir.join("admin.sock");
+        let events = Arc::new(EventLog::new("n1"));
+        let (log, socket) = (Arc::clone(&events), path.clone());
+        let (ready, wait) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async move {
+                let listener = listen(&socket).unwrap();
+                ready.send(()).unwrap();
+                serve(listener, Arc::new(Fake), log).await;
+            });
+        });
+        wait.recv().unwrap();
+        (path, events)
+    }
+
+    #[test]
+    fn answers_refusals_and_followed_events_arrive() {
+        let dir = tempfile::tempdir().unwrap();
+        let (socket, events) = start(dir.path());
+        let second = Duration::from_secs(5);
+        let text: String = ask(&socket, &Request::Status {}, second).unwrap();
+        assert_eq!(text, "Status");
+        let error = ask::<String>(&socket, &Request::Demote { volume: "v".into() }, second).unwrap_err();
+        assert!(matches!(error, AskError::Refused(ref reason) if reason == "no volume named 'v'"), "{error}");
+
+        events.record(None, Happening::new("session", "one"));
+        let all: Vec<EventRecord> =
+            ask(&socket, &Request::Events { after: 0, follow: false }, second).unwrap();
+        assert_eq!(all.len(), 1);
+        let mut client = AdminClient::connect(&socket, second).unwrap();
+        client.send(&Request::Events { after: 0, follow: true }).unwrap();
+        assert_eq!(client.receive::<EventRecord>().unwrap().unwrap().text, "one");
+        events.record(Some("vol0"), Happening::new("session", "two"));
+        assert_eq!(client.receive::<EventRecord>().unwrap().unwrap().text, "two");
+        assert!(listen(&socket).unwrap_err().to_string().contains("another process answers"));
+    }
+
+    #[test]
+    fn a_request_of_another_version_is_refused_and_the_connection_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let (socket, _) = start(dir.path());
+        use std::io::{BufRead, Write};
+        let mut stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        stream.write_all(b"{\"op\":\"fly\"}\n{\"op\":\"status\"}\n").unwrap();
+        let mut lines = std::io::BufReader::new(stream).lines();
+        assert!(lines.next().unwrap().unwrap().contains("does not understand"));
+        assert_eq!(lines.next().unwrap().unwrap(), r#"{"ok":"Status"}"#);
+    }
+}

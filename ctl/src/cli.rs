@@ -1,0 +1,331 @@
+//! The command line: what can be said, and the exit code of each way to end.
+//!
+//! Parsing only; nothing is carried out here. Wrong usage ends with exit code 2 (clap does that).
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Done.
+pub const EXIT_DONE: u8 = 0;
+/// Refused or failed; reason and next step are on standard error.
+pub const EXIT_FAILED: u8 = 1;
+/// Admin socket that is asked when neither `--admin` nor `BLKREPL_ADMIN` says otherwise.
+pub const ADMIN_SOCKET_DEFAULT: &str = "/run/blkrepl/admin.sock";
+
+/// Keeps a block device identical on two machines, served over NBD.
+#[derive(Debug, Parser)]
+#[command(name = "blkrepl", version, propagate_version = true)]
+pub struct Cli {
+    /// Admin socket of the node to ask [default: $BLKREPL_ADMIN, else /run/blkrepl/admin.sock].
+    #[arg(long, global = true, value_name = "SOCKET")]
+    pub admin: Option<PathBuf>,
+    /// Print JSON (stable, see docs/cli.md) in place of a table.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Everything that the binary does.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run one node until SIGTERM or SIGINT.
+    Serve(ConfigArg),
+    /// Make a node's state directory, once, before its first start.
+    Init(ConfigArg),
+    /// Run two data nodes and a witness on loopback until interrupted.
+    Dev(DevArgs),
+    /// Kill a primary under load and show that nothing is lost.
+    Demo(DemoArgs),
+    /// Show nodes, volumes and replicas.
+    Status,
+    /// Create, list and show volumes.
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// Make the asked node primary of a volume.
+    Promote(PromoteArgs),
+    /// Let no node be primary of a volume until `promote`.
+    Demote(VolumeArg),
+    /// Hand a volume's primary role to another node; nothing is lost, clients see a pause.
+    Move(MoveArgs),
+    /// List nodes.
+    #[command(subcommand)]
+    Node(NodeCommand),
+    /// Show what happened on the asked node.
+    Events(EventsArgs),
+    /// Repair of a cluster that lost its quorum for good.
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
+}
+
+/// Names a node's config file.
+#[derive(Debug, Args)]
+pub struct ConfigArg {
+    /// The node's config file.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+/// Names a volume.
+#[derive(Debug, Args)]
+pub struct VolumeArg {
+    /// Name of the volume.
+    pub volume: String,
+}
+
+/// Timing of the nodes that `dev` and `demo` start. What is not given follows from the lease.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub struct TimingArgs {
+    /// Lease length in milliseconds [default: 1500]; the other times shrink or grow with it.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(100..=60_000))]
+    pub leases: Option<u64>,
+    /// Time between lease renewals in milliseconds.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    pub renew: Option<u64>,
+    /// Time between Raft heartbeats in milliseconds.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    pub heartbeat: Option<u64>,
+    /// Shortest Raft election timeout in milliseconds; the longest is twice that.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(20..=60_000))]
+    pub election: Option<u64>,
+}
+
+/// `blkrepl dev`.
+#[derive(Debug, Args)]
+pub struct DevArgs {
+    /// Directory of the nodes; may exist, then its data is carried on with.
+    #[arg(long)]
+    pub dir: PathBuf,
+    /// Size of the volume if it must be created.
+    #[arg(long, default_value = "1GiB", value_parser = parse_size)]
+    pub size: u64,
+    /// Name of the volume.
+    #[arg(long, default_value = "vol0")]
+    pub volume: String,
+    /// When a write is committed, if the volume must be created.
+    #[arg(long, value_enum, default_value_t = DurabilityArg::Flush)]
+    pub durability: DurabilityArg,
+    /// Times.
+    #[command(flatten)]
+    pub timing: TimingArgs,
+}
+
+/// `blkrepl demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// File to write to the volume [default: this executable].
+    pub file: Option<PathBuf>,
+    /// Leave the cluster running and say how to use it.
+    #[arg(long)]
+    pub keep: bool,
+    /// Directory to use; must not exist or be empty [default: a temporary one].
+    #[arg(long)]
+    pub dir: Option<PathBuf>,
+    /// Size of the volume [default: what FILE needs, at least 64MiB].
+    #[arg(long, value_parser = parse_size)]
+    pub size: Option<u64>,
+    /// Times.
+    #[command(flatten)]
+    pub timing: TimingArgs,
+}
+
+/// `blkrepl volume ...`.
+#[derive(Debug, Subcommand)]
+pub enum VolumeCommand {
+    /// Create a volume; every replica starts as zeroes.
+    Create(VolumeCreateArgs),
+    /// List volumes.
+    List,
+    /// Show one volume.
+    Show(VolumeArg),
+    /// Make this node's lost or refused replica anew, empty; it then gets everything by resync.
+    Recreate(VolumeRecreateArgs),
+}
+
+/// `blkrepl volume create`.
+#[derive(Debug, Args)]
+pub struct VolumeCreateArgs {
+    /// Name of the new volume.
+    pub volume: String,
+    /// Size, such as 512MiB, 10GiB or a number of bytes; a multiple of 4096.
+    #[arg(long, value_parser = parse_size)]
+    pub size: u64,
+    /// Names of the nodes that hold a replica, separated by commas; the first starts as primary
+    /// [default: all data nodes].
+    #[arg(long, value_delimiter = ',')]
+    pub replicas: Vec<String>,
+    /// When a write is committed.
+    #[arg(long, value_enum, default_value_t = DurabilityArg::Flush)]
+    pub durability: DurabilityArg,
+}
+
+/// `blkrepl volume recreate`.
+#[derive(Debug, Args)]
+pub struct VolumeRecreateArgs {
+    /// Name of the volume.
+    pub volume: String,
+    /// Also when files of the replica exist: they are removed first.
+    #[arg(long)]
+    pub discard_data: bool,
+}
+
+/// When a write counts as committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DurabilityArg {
+    /// Completed on every device of the ack set; flushes make it stable.
+    Flush,
+    /// Every write is stable before it is acknowledged.
+    Always,
+}
+
+/// `blkrepl promote`.
+#[derive(Debug, Args)]
+pub struct PromoteArgs {
+    /// Name of the volume.
+    pub volume: String,
+    /// Although this node is not in sync: starts a new lineage, discards what only others hold.
+    #[arg(long)]
+    pub force: bool,
+    /// With --force: even a replica whose resync did not end.
+    #[arg(long, requires = "force")]
+    pub discard_inconsistent: bool,
+}
+
+/// `blkrepl move`.
+#[derive(Debug, Args)]
+pub struct MoveArgs {
+    /// Name of the volume.
+    pub volume: String,
+    /// Name of the node that becomes primary.
+    #[arg(long, value_name = "NODE")]
+    pub to: String,
+}
+
+/// `blkrepl node ...`.
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// List nodes.
+    List,
+}
+
+/// `blkrepl events`.
+#[derive(Debug, Args)]
+pub struct EventsArgs {
+    /// Go on printing events as they happen.
+    #[arg(long)]
+    pub follow: bool,
+    /// Only events with a higher sequence number.
+    #[arg(long, value_name = "SEQ", default_value_t = 0)]
+    pub after: u64,
+}
+
+/// `blkrepl cluster ...`.
+#[derive(Debug, Subcommand)]
+pub enum ClusterCommand {
+    /// With the node stopped: make it the sole voter of a new cluster. Other nodes are refused after that.
+    Recover(RecoverArgs),
+}
+
+/// `blkrepl cluster recover`.
+#[derive(Debug, Args)]
+pub struct RecoverArgs {
+    /// The node's config file.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Confirms that the other voters are gone for good.
+    #[arg(long)]
+    pub force: bool,
+}
+
+impl Cli {
+    /// The admin socket to ask.
+    pub fn admin_socket(&self) -> PathBuf {
+        self.admin.clone().unwrap_or_else(|| {
+            std::env::var_os("BLKREPL_ADMIN")
+                .map_or_else(|| PathBuf::from(ADMIN_SOCKET_DEFAULT), PathBuf::from)
+        })
+    }
+}
+
+/// Reads a size: a number of bytes, or one followed by KiB, MiB, GiB or TiB (K, M, G, T mean the same).
+///
+/// # Errors
+/// A sentence that says what is allowed.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let allowed =
+        || format!("'{text}' is not a size; use bytes or a number with KiB, MiB, GiB or TiB, such as 10GiB");
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let number: u64 = text[..digits].parse().map_err(|_| allowed())?;
+    let unit = match text[digits..].trim() {
+        "" | "B" => 1,
+        "K" | "KiB" => 1 << 10,
+        "M" | "MiB" => 1 << 20,
+        "G" | "GiB" => 1 << 30,
+        "T" | "TiB" => 1u64 << 40,
+        _ => return Err(allowed()),
+    };
+    number.checked_mul(unit).filter(|&n| n > 0).ok_or_else(allowed)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn global_flags_stand_before_or_after_the_command() {
+        let cli = Cli::try_parse_from(["blkrepl", "--admin", "/a.sock", "status", "--json"]).unwrap();
+        assert_eq!(cli.admin_socket(), PathBuf::from("/a.sock"));
+        assert!(cli.json && matches!(cli.command, Command::Status));
+    }
+
+    #[test]
+    fn wrong_usage_is_refused_with_code_2() {
+        for args in [
+            &["blkrepl"][..],
+            &["blkrepl", "promote"],
+            &["blkrepl", "promote", "v", "--discard-inconsistent"],
+            &["blkrepl", "move", "v"],
+            &["blkrepl", "serve"],
+            &["blkrepl", "dev", "--dir", "d", "--size", "1gb"],
+        ] {
+            assert_eq!(Cli::try_parse_from(args).unwrap_err().exit_code(), 2, "{args:?}");
+        }
+    }
+
+    #[test]
+    fn replicas_are_separated_by_commas() {
+        let cli = Cli::try_parse_from([
+            "blkrepl",
+            "volume",
+            "create",
+            "v",
+            "--size",
+            "1MiB",
+            "--replicas",
+            "n1,n2",
+        ])
+        .unwrap();
+        let Command::Volume(VolumeCommand::Create(args)) = cli.command else { panic!("wrong command") };
+        assert_eq!(args.replicas, ["n1", "n2"]);
+        assert_eq!(args.size, 1 << 20);
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("1GiB"), Ok(1 << 30));
+        assert_eq!(parse_size("2M"), Ok(2 << 20));
+        for bad in ["", "GiB", "1.5GiB", "-1", "0", "99999999999TiB", "1 gigs"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+}

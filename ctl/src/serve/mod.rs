@@ -1,0 +1,183 @@
+//! `blkrepl serve`: one node, from its directory lock to its clean stop.
+//!
+//! Order at the start: lock the directory (a second daemon is locked out), bind every socket (a port in
+//! use is found before anything has happened), start the control plane (this run gets its incarnation),
+//! follow cluster state. At the stop: no new clients, every volume flushed and marked clean, then the
+//! control plane. The process's own threads are one for tokio and one per volume.
+
+pub mod exports;
+pub mod files;
+pub mod node;
+pub mod peers;
+pub mod sessions;
+pub mod status;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use blkrepl_engine::control::{self, Control, ControlError, ControlOptions, Founder, NodeAddrs, NodeKind};
+use blkrepl_engine::reactor::boottime_now;
+use blkrepl_nbd::{ListenAddr, Server, ServerOptions};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::admin::server as admin;
+use crate::config::{Kind, NodeConfig};
+use crate::events::{EventLog, Happening};
+use crate::node_dir::{DirLock, PID_FILE};
+use crate::ops::{self, Ops};
+use exports::NodeExports;
+use node::Node;
+use peers::PeerGate;
+
+/// How long volumes get for a clean stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Runs a node until SIGTERM or SIGINT.
+///
+/// # Errors
+/// It cannot start (directory, ports, store), or did not stop cleanly.
+pub fn run(config: NodeConfig) -> anyhow::Result<()> {
+    let lock = DirLock::take(&config.dir, PID_FILE, "daemon")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(16)
+        .build()
+        .context("cannot start the runtime")?;
+    let result = runtime.block_on(daemon(config));
+    runtime.shutdown_timeout(Duration::from_millis(500));
+    drop(lock);
+    result
+}
+
+async fn daemon(config: NodeConfig) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let events = Arc::new(EventLog::new(&config.name));
+    let exports = Arc::new(NodeExports::default());
+    let sockets = Sockets::bind(&config, Arc::clone(&exports)).await?;
+    let os_boot = os_boot_id()?;
+    let control = start_control(&config, os_boot).await?;
+    let incarnation = control.incarnation();
+    let mut failed = control.failed();
+    let node = Node::new(config, control, Arc::clone(&events), os_boot);
+    let asked = Arc::clone(&node);
+    node.control.set_admin_handler(Arc::new(move |call| {
+        let node = Arc::clone(&asked);
+        Box::pin(ops::answer(node, call))
+    }));
+    exports.set(Arc::clone(&node));
+    events.record(
+        None,
+        Happening::new("started", format!("{} runs as incarnation {incarnation}", node.config.name)),
+    );
+    let mut tasks = tokio::task::JoinSet::new();
+    if let Some(listener) = sockets.peers {
+        tasks.spawn(peers::accept(listener, Arc::clone(&node) as Arc<dyn PeerGate>));
+    }
+    tasks.spawn(admin::serve(sockets.admin, Arc::new(Ops(Arc::clone(&node))), Arc::clone(&events)));
+    tasks.spawn(Arc::clone(&node).follow());
+    let failure = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        // The control plane keeps its sender as long as it lives; a closed channel says nothing.
+        Ok(reason) = failed.wait_for(Option::is_some) => reason.clone(),
+    };
+    events.record(None, Happening::new("stopping", format!("{} stops", node.config.name)));
+    let late = node.stop_volumes(STOP_TIMEOUT).await;
+    if let Some(nbd) = sockets.nbd {
+        nbd.stop().await;
+    }
+    node.control.shutdown().await;
+    tasks.shutdown().await;
+    let removed = std::fs::remove_file(&node.config.admin);
+    tracing::debug!("admin socket removed: {removed:?}");
+    if let Some(reason) = failure {
+        anyhow::bail!("the control plane of {} cannot go on: {reason}", node.config.name);
+    }
+    if !late.is_empty() {
+        anyhow::bail!(
+            "{} did not stop within {} s and was left; nothing acknowledged is lost, its next start takes longer",
+            late.join(", "),
+            STOP_TIMEOUT.as_secs()
+        );
+    }
+    Ok(())
+}
+
+/// Every socket of the node but the control plane's.
+struct Sockets {
+    peers: Option<TcpListener>,
+    nbd: Option<Server>,
+    admin: tokio::net::UnixListener,
+}
+
+impl Sockets {
+    async fn bind(config: &NodeConfig, exports: Arc<NodeExports>) -> anyhow::Result<Self> {
+        let admin = admin::listen(&config.admin)?;
+        if config.kind == Kind::Witness {
+            return Ok(Self { peers: None, nbd: None, admin });
+        }
+        let peers = TcpListener::bind(config.peer).await.with_context(|| {
+            format!(
+                "cannot listen for peers on {} (listen.peer in {}); if the port is in use, end who uses it (`ss -ltnp` shows it) or choose another on every node",
+                config.peer,
+                config.file.display()
+            )
+        })?;
+        let mut listen = vec![ListenAddr::Unix(config.nbd_unix.clone())];
+        listen.extend(config.nbd_tcp.map(ListenAddr::Tcp));
+        let nbd = Server::start(&listen, exports, ServerOptions::default()).await?;
+        Ok(Self { peers: Some(peers), nbd: Some(nbd), admin })
+    }
+}
+
+fn control_options(config: &NodeConfig, os_boot: u128) -> ControlOptions {
+    let mut options = ControlOptions::new(&config.dir, config.id, config.control);
+    options.founders = config
+        .founders
+        .iter()
+        .map(|f| Founder {
+            id: f.id,
+            name: f.name.clone(),
+            kind: match f.kind {
+                Kind::Data => NodeKind::Data,
+                Kind::Witness => NodeKind::Witness,
+            },
+            addrs: NodeAddrs { control: f.control.to_string(), peer: f.peer.to_string(), nbd: f.nbd.clone() },
+        })
+        .collect();
+    options.os_boot = os_boot;
+    options.lease = config.timing.lease;
+    options.renew = config.timing.renew;
+    options.heartbeat = config.timing.heartbeat;
+    options.election = config.timing.election;
+    options
+}
+
+/// Starts the control plane; an error says what to do next.
+async fn start_control(config: &NodeConfig, os_boot: u128) -> anyhow::Result<Control> {
+    let started = control::start(control_options(config, os_boot), boottime_now).await;
+    started.map_err(|error| match error {
+        ControlError::Io { .. } => anyhow::Error::new(error).context(format!(
+            "cannot start the control plane of {} (if its address is in use, end who uses it, `ss -ltnp` shows it, or change listen.control in {} and the [[cluster]] lists)",
+            config.name,
+            config.file.display()
+        )),
+        ControlError::Missing(_) => anyhow::Error::new(error).context(format!(
+            "{} has no store; on a new node make it with: blkrepl init --config {}",
+            config.name,
+            config.file.display()
+        )),
+        _ => anyhow::Error::new(error).context(format!("cannot start the control plane of {}", config.name)),
+    })
+}
+
+/// The boot id of the operating system: the same until the machine restarts.
+fn os_boot_id() -> anyhow::Result<u128> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
+    u128::from_str_radix(&text.trim().replace('-', ""), 16)
+        .with_context(|| format!("{path} holds no boot id"))
+}
