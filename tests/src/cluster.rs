@@ -257,7 +257,7 @@ impl Cluster {
         let mut last = anyhow!("no node in the cluster");
         let mut fallback = None;
         for node in self.nodes()? {
-            if !self.runs(&node.name)? {
+            if !self.runs(&node.name)? || self.pid(&node).is_some_and(proc::pid_stopped) {
                 continue;
             }
             let seen = self.status_of(&node.name).and_then(|s| s.volume(&self.volume).cloned());

@@ -224,6 +224,14 @@ pub fn pid_runs(pid: u32, needle: &str) -> bool {
     String::from_utf8_lossy(&cmdline).contains(needle)
 }
 
+/// True if `pid` is stopped (SIGSTOP): it is there and answers nothing.
+#[must_use]
+pub fn pid_stopped(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The state follows the command's name, which stands in parentheses and may hold anything.
+    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['T', 't']))
+}
+
 /// Sends a signal to a process that is not our child, after checking that it is the one meant.
 ///
 /// # Errors
@@ -292,6 +300,8 @@ mod tests {
         assert!(child.exited().unwrap().is_none());
         // Until the child has called exec its command line is still ours.
         crate::wait::wait_until("exec", Duration::from_secs(5), || pid_runs(child.pid(), "77.5")).unwrap();
+        signal_pid(child.pid(), "77.5", Signal::STOP).unwrap();
+        crate::wait::wait_until("the stop", Duration::from_secs(5), || pid_stopped(child.pid())).unwrap();
         signal_pid(child.pid(), "77.5", Signal::KILL).unwrap();
         assert!(child.wait(Duration::from_secs(5)).unwrap().code().is_none());
         assert!(!pid_runs(child.pid(), "77.5"));
