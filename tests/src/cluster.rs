@@ -42,8 +42,10 @@ pub struct ClusterOptions {
     pub size: u64,
     /// Lease length in milliseconds; the product's default where none is given.
     pub lease_ms: Option<u64>,
-    /// Data nodes; a witness is added.
+    /// Data nodes.
     pub data_nodes: u64,
+    /// Whether a witness is added to them (by hand only; `dev` always has one).
+    pub witness: bool,
     /// True: config files written here, `init` and `serve` per node; false: `blkrepl dev`.
     pub by_hand: bool,
     /// Paths instead of a node's usual directory, by node name (by hand only).
@@ -58,6 +60,7 @@ impl Default for ClusterOptions {
             size: 64 << 20,
             lease_ms: None,
             data_nodes: 2,
+            witness: true,
             by_hand: false,
             dirs: BTreeMap::new(),
             create_volume: true,
@@ -390,6 +393,17 @@ impl Cluster {
         wait_until(&format!("the end of {node}"), STOP_LIMIT, || !self.runs(node).unwrap_or(false))
     }
 
+    /// Starts a node under another program that executes it (a helper of the tests), by hand only.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn restart_under(&mut self, node: &str, helper: &Path) -> Result<()> {
+        let entry = self.node(node)?;
+        let mut command = Command::new(helper);
+        command.arg(blkrepl()?);
+        self.spawn_serve(&entry, command).map(drop)
+    }
+
     /// Starts a node that was killed, the way an operator does: `blkrepl serve --config FILE`.
     ///
     /// # Errors
@@ -494,9 +508,22 @@ impl Cluster {
         self.children.get(&entry.name).map(Proc::pid).or(entry.pid)
     }
 
+    /// What a node that this harness started has logged.
+    #[must_use]
+    pub fn log(&self, node: &str) -> String {
+        fs::read_to_string(self.log_path(node)).unwrap_or_default()
+    }
+
+    fn log_path(&self, node: &str) -> PathBuf {
+        self.dir.join(format!("{node}.harness.log"))
+    }
+
     fn spawn_node(&mut self, entry: &NodeEntry) -> Result<u32> {
-        let log = self.dir.join(format!("{}.harness.log", entry.name));
-        let mut command = Command::new(blkrepl()?);
+        self.spawn_serve(entry, Command::new(blkrepl()?))
+    }
+
+    fn spawn_serve(&mut self, entry: &NodeEntry, mut command: Command) -> Result<u32> {
+        let log = self.log_path(&entry.name);
         command.arg("serve").arg("--config").arg(&entry.config);
         let child = Proc::spawn(&entry.name, &mut command, &log)?;
         let pid = child.pid();
@@ -530,7 +557,8 @@ impl Cluster {
     }
 
     fn write_configs(&mut self) -> Result<()> {
-        let count = self.options.data_nodes + 1;
+        let data_nodes = self.options.data_nodes;
+        let count = data_nodes + u64::from(self.options.witness);
         let mut ports = free_ports(usize::try_from(count)? * 3)?.into_iter();
         let mut port = || ports.next().ok_or_else(|| anyhow!("no port left"));
         let mut plans = Vec::new();
