@@ -48,8 +48,8 @@ pub struct ClusterOptions {
     pub witness: bool,
     /// True: config files written here, `init` and `serve` per node; false: `blkrepl dev`.
     pub by_hand: bool,
-    /// Paths instead of a node's usual directory, by node name (by hand only).
-    pub dirs: BTreeMap<String, PathBuf>,
+    /// Where a node's data file lies, if not in its directory; by node name (by hand only).
+    pub data_paths: BTreeMap<String, PathBuf>,
     /// Whether the volume is created (by hand only; `dev` always creates it).
     pub create_volume: bool,
 }
@@ -62,7 +62,7 @@ impl Default for ClusterOptions {
             data_nodes: 2,
             witness: true,
             by_hand: false,
-            dirs: BTreeMap::new(),
+            data_paths: BTreeMap::new(),
             create_volume: true,
         }
     }
@@ -564,7 +564,7 @@ impl Cluster {
         let mut plans = Vec::new();
         for id in 1..=count {
             let name = format!("n{id}");
-            let dir = self.options.dirs.get(&name).cloned().unwrap_or_else(|| self.dir.join(&name));
+            let dir = self.dir.join(&name);
             fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
             plans.push(Plan {
                 id,
@@ -578,8 +578,12 @@ impl Cluster {
         }
         let founders: String = plans.iter().map(Plan::founder).collect();
         for plan in &plans {
-            let entry = plan.entry(&self.volume);
-            let text = format!("{}{}{founders}", plan.own(), self.timing());
+            let mut entry = plan.entry(&self.volume);
+            let mut text = format!("{}{}{founders}", plan.own(), self.timing());
+            if let Some(data) = self.options.data_paths.get(&plan.name) {
+                text += &format!("[volume.{}]\ndata = \"{}\"\n", self.volume, data.display());
+                entry.data = Some(data.clone());
+            }
             fs::write(&entry.config, text).with_context(|| format!("write {}", entry.config.display()))?;
             self.entries.push(entry);
         }

@@ -13,6 +13,11 @@ pub fn skipped(name: &str, reason: &str) {
     emit(&format!("SKIPPED {name}: {reason}"));
 }
 
+/// Says that a part of `name` cannot be done on this machine, and why; the rest goes on.
+pub fn skipped_part(name: &str, reason: &str) {
+    emit(&format!("SKIPPED part of {name}: {reason}"));
+}
+
 /// Prints something that was measured.
 pub fn measured(name: &str, text: &str) {
     emit(&format!("MEASURED {name}: {text}"));

@@ -157,12 +157,9 @@ impl VolumeStatus {
             if state != "in_sync" {
                 return Err(anyhow!("{node} is {state}, primary is {primary}"));
             }
-            if replica.dirty_bytes != 0 || replica.resync.is_some() {
-                return Err(anyhow!(
-                    "{node} lacks {} bytes, resync {:?}",
-                    replica.dirty_bytes,
-                    replica.resync
-                ));
+            let dirty_bytes = replica.dirty_bytes.unwrap_or(0);
+            if dirty_bytes != 0 || replica.resync.is_some() {
+                return Err(anyhow!("{node} lacks {dirty_bytes} bytes, resync {:?}", replica.resync));
             }
         }
         Ok(())
@@ -179,13 +176,16 @@ pub struct ReplicaStatus {
     pub role: Option<String>,
     /// `in_sync`, `resyncing`, `disconnected` or `failed`.
     pub state: String,
-    /// Bytes that it lacks.
+    /// Bytes that it lacks; none if nobody who was asked knows.
     #[serde(default)]
-    pub dirty_bytes: u64,
+    pub dirty_bytes: Option<u64>,
     /// Present while it is being resynced.
     #[serde(default)]
     pub resync: Option<Value>,
-    /// What else is there (a failed one's reason, for example).
+    /// Why it failed, if it did.
+    #[serde(default)]
+    pub failure: Option<String>,
+    /// What else is there.
     #[serde(flatten)]
     pub more: BTreeMap<String, Value>,
 }

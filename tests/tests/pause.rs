@@ -1,5 +1,5 @@
 //! A primary that is stopped with SIGSTOP past its lease and woken again serves no stale read and
-//! acknowledges no write: requests that wait in its sockets find another reign [R23, R26, R27].
+//! acknowledges no write: requests that wait in its sockets find another reign.
 
 use std::time::Duration;
 
@@ -33,6 +33,7 @@ fn pause_primary(cluster: &mut Cluster) -> Result<(String, String)> {
     Ok((paused, other))
 }
 
+/// [R23, R26, R27]: what waits in the sockets of a primary that lost its reign is dropped, unanswered.
 #[test]
 fn a_paused_primary_answers_nothing_that_is_stale() {
     with_cluster("pause_targeted", ClusterOptions::sized(SIZE), |cluster| {
