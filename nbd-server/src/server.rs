@@ -5,8 +5,9 @@
 //! forgets it. It never reads a byte of the transmission phase: the negotiation says how many bytes it
 //! wants, and exactly as many are taken from the socket.
 //!
-//! At most [`ServerOptions::negotiations_max`] connections negotiate at once. When as many do, nothing more
-//! is accepted until one of them is through or timed out; clients wait in the kernel's backlog.
+//! At most [`ServerOptions::negotiations_max`] connections of one address negotiate at once. When as many do,
+//! nothing more is accepted there until one of them is through or timed out; clients wait in the kernel's
+//! backlog.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::export::{Attached, ExportInfo, Exports};
@@ -30,7 +31,7 @@ const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
 pub struct ServerOptions {
     /// Longest time from accept to the transmission phase. A client that takes longer is disconnected.
     pub negotiation_timeout: Duration,
-    /// Most connections that negotiate at once, over all addresses of the server; at least 1.
+    /// Most connections that negotiate at once, for each address that the server listens on; at least 1.
     pub negotiations_max: usize,
 }
 
@@ -68,15 +69,9 @@ impl Server {
             listeners.push(listener);
         }
         let (stop, stopped) = watch::channel(false);
-        let permits = Arc::new(Semaphore::new(options.negotiations_max.max(1)));
         let mut loops = JoinSet::new();
         for listener in listeners {
-            let acceptor = Acceptor {
-                listener,
-                exports: Arc::clone(&exports),
-                permits: Arc::clone(&permits),
-                timeout: options.negotiation_timeout,
-            };
+            let acceptor = Acceptor { listener, exports: Arc::clone(&exports), options };
             loops.spawn(acceptor.run(stopped.clone()));
         }
         Ok(Self { stop, loops, addrs })
@@ -100,8 +95,7 @@ impl Server {
 struct Acceptor {
     listener: Listener,
     exports: Arc<dyn Exports>,
-    permits: Arc<Semaphore>,
-    timeout: Duration,
+    options: ServerOptions,
 }
 
 impl Acceptor {
@@ -109,24 +103,17 @@ impl Acceptor {
         // Dropping the set at the end aborts the negotiations that are still under way.
         let mut negotiations = JoinSet::new();
         loop {
-            let accept = async {
-                // Never closed, so this does not fail.
-                let permit = Arc::clone(&self.permits).acquire_owned().await.ok();
-                (self.listener.accept().await, permit)
-            };
-            let (accepted, permit) = tokio::select! {
+            let room = negotiations.len() < self.options.negotiations_max.max(1);
+            let accepted = tokio::select! {
                 _ = stopped.wait_for(|stop| *stop) => return,
                 Some(_) = negotiations.join_next(), if !negotiations.is_empty() => continue,
-                accepted = accept => accepted,
+                accepted = self.listener.accept(), if room => accepted,
             };
             match accepted {
                 Ok((stream, peer)) => {
                     let exports = Arc::clone(&self.exports);
-                    let timeout = self.timeout;
-                    negotiations.spawn(async move {
-                        serve(stream, &peer, exports.as_ref(), timeout).await;
-                        drop(permit);
-                    });
+                    let timeout = self.options.negotiation_timeout;
+                    negotiations.spawn(async move { serve(stream, &peer, exports.as_ref(), timeout).await });
                 }
                 Err(e) => {
                     tracing::warn!("cannot accept an NBD connection: {e}");

@@ -201,6 +201,8 @@ pub enum PeerMsg {
         epoch: Epoch,
         /// Also send the dirty bitmap for the source (foreign writes).
         send_foreign: bool,
+        /// Everything will be compared or copied: what the receiver's content was counts no more.
+        everything: bool,
     },
     /// The mark is durable; `Runs` of kind `Foreign` came before if they were asked for.
     ResyncReady {
@@ -260,6 +262,9 @@ pub enum PeerMsg {
         reign: Reign,
         /// Request number.
         id: u64,
+        /// Last write that the primary had started: what the joiner was sent by resync is as old as
+        /// that and may leave its intent map once writes up to there are stable [R5].
+        through: WriteSeq,
     },
     /// Done: the joiner may be proposed.
     JoinFlushAck {

@@ -32,7 +32,7 @@ pub struct ExportFacts {
 /// # Errors
 /// What went wrong on the way.
 pub fn list_exports(target: &Target, options: ClientOptions) -> Result<Vec<String>, NbdError> {
-    let deadline = Instant::now() + options.connect_timeout;
+    let deadline = super::deadline_after(options.connect_timeout);
     let sock = Sock::connect(target, deadline)?;
     greet(&sock, deadline)?;
     sock.send_all(&option(proto::NBD_OPT_LIST, &[]), deadline)?;

@@ -177,7 +177,7 @@ impl NbdClient {
     /// [`NbdError::Refused`] with the server's text if it does not serve the export; otherwise what went
     /// wrong on the way.
     pub fn connect(uri: &NbdUri, options: ClientOptions) -> Result<Self, NbdError> {
-        let deadline = Instant::now() + options.connect_timeout;
+        let deadline = deadline_after(options.connect_timeout);
         let sock = Sock::connect(&uri.target, deadline)?;
         let facts = handshake::go(&sock, &uri.export, deadline)?;
         Ok(Self {
@@ -266,7 +266,7 @@ impl NbdClient {
     /// As [`read`](Self::read). A time-out ends the connection, because the request may still be carried out.
     pub fn call(&mut self, request: Request<'_>) -> Result<Vec<u8>, NbdError> {
         let handle = self.submit(request)?;
-        let deadline = Instant::now() + self.options.io_timeout;
+        let deadline = deadline_after(self.options.io_timeout);
         loop {
             if let Some(at) = self.done.iter().position(|completion| completion.handle == handle) {
                 let completion = self.done.remove(at).expect("the position was just found");
@@ -285,7 +285,7 @@ impl NbdClient {
     /// [`NbdError::Usage`] for a write of 4 GiB or more; otherwise the connection is over.
     pub fn submit(&mut self, request: Request<'_>) -> Result<Handle, NbdError> {
         self.check()?;
-        let deadline = Instant::now() + self.options.io_timeout;
+        let deadline = deadline_after(self.options.io_timeout);
         while self.out.len() - self.out_at > UNSENT_BYTES_MAX {
             if !self.progress(deadline)? {
                 return Err(self.fail_timeout("room to send a request"));
@@ -307,7 +307,7 @@ impl NbdClient {
     /// # Errors
     /// The connection is over; answers that came in before that are given first.
     pub fn poll(&mut self, timeout: Duration) -> Result<Option<Completion>, NbdError> {
-        let deadline = Instant::now() + timeout;
+        let deadline = deadline_after(timeout);
         loop {
             if let Some(completion) = self.done.pop_front() {
                 return Ok(Some(completion));
@@ -333,7 +333,7 @@ impl NbdClient {
         self.check()?;
         let disc = RequestHeader { flags: 0, command: proto::NBD_CMD_DISC, handle: 0, offset: 0, len: 0 };
         self.out.extend_from_slice(&disc.encode());
-        let deadline = Instant::now() + self.options.io_timeout;
+        let deadline = deadline_after(self.options.io_timeout);
         loop {
             match self.progress(deadline) {
                 Ok(true) => self.done.clear(),
@@ -514,6 +514,13 @@ impl AsFd for NbdClient {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.sock.as_fd()
     }
+}
+
+/// A point in time `span` from now; a span too long for the clock is a year.
+fn deadline_after(span: Duration) -> Instant {
+    const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+    let now = Instant::now();
+    now.checked_add(span).unwrap_or(now + YEAR)
 }
 
 fn request_len(len: usize) -> Result<u32, NbdError> {

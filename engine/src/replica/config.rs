@@ -1,0 +1,174 @@
+//! Following the committed config: who is missing, who am I, whose reign is it.
+//!
+//! A config is adopted from the control plane or from a peer's message, whichever comes first; it is
+//! committed either way, and its log index orders two of them [R12]. The superblock records it, on both
+//! copies, before the new reign, epoch or lineage is used [R16].
+
+use crate::types::{ConfigView, Geometry, Member, ReplicaSlot, SuperblockTrust};
+use crate::wire::BaseContent;
+
+use super::Replica;
+use super::io::{Event, Output};
+use super::peer::Peer;
+
+impl Replica {
+    pub(super) fn adopt_config(&mut self, config: ConfigView) {
+        let superblock = self.store.superblock();
+        if config.volume != superblock.volume || config.replica(self.me.node).is_none() {
+            return self.not_ours(&config);
+        }
+        if self.config.as_ref().is_some_and(|old| old.index >= config.index) {
+            return;
+        }
+        let old = self.config.replace(config.clone());
+        let new_reign = old.as_ref().is_none_or(|o| o.reign != config.reign || o.primary != config.primary);
+        if new_reign {
+            self.leave_reign(&config);
+        }
+        self.follow_replicas(&config);
+        self.follow_membership(old.as_ref(), &config);
+        self.record_config(&config);
+        self.event(Event::ConfigFollowed { epoch: config.epoch, reign: config.reign });
+        if config.primary == Some(self.me) && self.primary.is_none() {
+            self.become_primary();
+        } else if self.primary.is_some() {
+            self.config_changed_as_primary(old.as_ref());
+        }
+    }
+
+    fn not_ours(&mut self, config: &ConfigView) {
+        let reason = format!("volume {} of this config is not the one on this disk", config.volume);
+        if config.volume == self.store.superblock().volume {
+            // Removed from the volume: nothing is served any more, nothing is lost.
+            self.leave_reign(config);
+        }
+        self.event(Event::Refused { node: self.me.node, reason });
+    }
+
+    /// The reign is over for whoever acted in it: the primary drops its requests and closes their
+    /// connections [R23]; a secondary drops what it has not begun.
+    fn leave_reign(&mut self, config: &ConfigView) {
+        if self.primary.is_some() {
+            self.drop_requests();
+            self.drop_all_targets();
+            self.primary = None;
+            let reason = format!("the reign is over: {}", primary_name(config));
+            self.event(Event::StoppedServing(reason.clone()));
+            self.out.push_back(Output::CloseClients(reason));
+        }
+        self.discard_all_incoming();
+        self.following.stable = None;
+        self.following.confirmed = None;
+        self.intents.enter_reign();
+        for peer in self.peers.values_mut() {
+            peer.forget_report();
+        }
+    }
+
+    /// Keeps one entry per other replica of the config.
+    fn follow_replicas(&mut self, config: &ConfigView) {
+        let gone: Vec<_> = self.peers.keys().copied().filter(|n| config.replica(*n).is_none()).collect();
+        for node in gone {
+            if let Some(session) = self.peers.get(&node).and_then(|p| p.session) {
+                self.session_down(session.id);
+                self.out
+                    .push_back(Output::CloseSession(session.id, "no replica of this volume any more".into()));
+            }
+            self.peers.remove(&node);
+        }
+        let me = self.me.node;
+        for replica in config.replicas.iter().filter(|r| r.node != me) {
+            let now = self.now;
+            self.peers.entry(replica.node).or_insert_with(|| Peer::new(replica.slot, now));
+        }
+    }
+
+    /// Marks whoever left, clears whoever joined.
+    fn follow_membership(&mut self, old: Option<&ConfigView>, config: &ConfigView) {
+        let Some(old) = old else {
+            if config.in_sync.contains(&self.me) {
+                self.has_joined(&config.in_sync);
+            }
+            return;
+        };
+        let slot = |m: &Member| config.slot(m.node);
+        let others = |m: &&Member| m.node != self.me.node;
+        let left = old.in_sync.iter().filter(others).filter(|m| !config.in_sync.contains(m));
+        let left: Vec<ReplicaSlot> = left.filter_map(slot).collect();
+        let joined = config.in_sync.iter().filter(others).filter(|m| !old.in_sync.contains(m));
+        let joined: Vec<ReplicaSlot> = joined.filter_map(slot).collect();
+        // Before the next acknowledgement, which comes after this call [R12].
+        for slot in left {
+            self.mark_intents_for(slot);
+        }
+        let (was, is) = (old.in_sync.contains(&self.me), config.in_sync.contains(&self.me));
+        if !was && is {
+            self.has_joined(&config.in_sync);
+        }
+        if was && is {
+            for slot in joined {
+                if let Some(bitmap) = self.store.dirty_mut(slot) {
+                    bitmap.clear_all();
+                }
+            }
+        }
+    }
+
+    /// Puts the config into the superblock, if this run of the process is a member of it.
+    fn record_config(&mut self, config: &ConfigView) {
+        let me = self.me.incarnation;
+        if !config.in_sync.contains(&self.me) {
+            return self.settle_doubt(config);
+        }
+        let os_boot = self.os_boot;
+        let doubtful = self.store.trust != SuperblockTrust::Sound;
+        self.config_version = self.store.change_superblock(|sb| {
+            sb.cluster = config.cluster;
+            sb.epoch = config.epoch;
+            sb.reign = config.reign;
+            sb.lineage = config.lineage;
+            sb.member = Some(me);
+            sb.current = me;
+            sb.os_boot = os_boot;
+            sb.inconsistent = None;
+            sb.base = BaseContent::Member;
+            sb.clean = None;
+        });
+        if doubtful {
+            self.store.trust = SuperblockTrust::Sound;
+            self.config_version = self.store.rewrite_superblock();
+        }
+    }
+
+    /// A doubtful superblock is believed if it says exactly what the committed config says of this
+    /// replica [R16].
+    fn settle_doubt(&mut self, config: &ConfigView) {
+        if self.store.trust != SuperblockTrust::Doubtful {
+            return;
+        }
+        let superblock = self.store.superblock();
+        let last = config.replica(self.me.node).and_then(|r| r.last_member);
+        let matches = superblock.epoch == config.epoch
+            && superblock.reign == config.reign
+            && superblock.lineage == config.lineage
+            && superblock.member.is_some()
+            && superblock.member == last;
+        if matches {
+            self.store.trust = SuperblockTrust::Sound;
+            self.config_version = self.store.rewrite_superblock();
+        }
+    }
+
+    /// The sizes that this replica was opened with.
+    #[must_use]
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+}
+
+fn primary_name(config: &ConfigView) -> String {
+    match config.primary {
+        Some(primary) => format!("{} is primary since epoch {}", primary.node, config.reign),
+        None => format!("the volume was demoted at epoch {}", config.epoch),
+    }
+}

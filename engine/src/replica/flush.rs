@@ -1,0 +1,144 @@
+//! Flushes of the whole ack set: client FLUSH, and the lazy flush that lets intents be cleared.
+//!
+//! A round makes everything committed before it started stable here and on every member of the ack set;
+//! waiting flushes share the next round. When it ends, all writes up to its number are *stable* and every
+//! member is told, so that intent regions may be cleared [R5].
+
+use crate::types::NodeId;
+use crate::wire::PeerMsg;
+
+use super::io::ReplyData;
+use super::primary::{OpId, Round, Stage};
+use super::{INTENT_IDLE, Replica};
+
+impl Replica {
+    pub(super) fn pump_flush(&mut self) {
+        self.pump_solo();
+        self.pump_round();
+        self.start_round();
+    }
+
+    fn pump_solo(&mut self) {
+        let Some(primary) = &mut self.primary else { return };
+        let (flusher, ops) = (&self.flusher, &primary.ops);
+        let stable = |id: &OpId| match ops.get(id).map(|op| op.stage) {
+            Some(Stage::Solo(ticket)) => flusher.redeemed(ticket),
+            _ => false,
+        };
+        let done: Vec<OpId> = primary.solo_queue.iter().copied().filter(stable).collect();
+        if done.is_empty() {
+            return;
+        }
+        primary.solo_queue.retain(|id| !done.contains(id));
+        for id in done {
+            self.finish(id, Ok(ReplyData::None));
+        }
+    }
+
+    fn pump_round(&mut self) {
+        let Some(primary) = &mut self.primary else { return };
+        let ended =
+            primary.round.as_ref().is_some_and(|r| r.waiting.is_empty() && self.flusher.redeemed(r.local));
+        if !ended {
+            return;
+        }
+        let round = primary.round.take().expect("checked above");
+        primary.stable = primary.stable.max(Some(round.through));
+        for id in round.ops {
+            self.finish(id, Ok(ReplyData::None));
+        }
+        self.tell_stable(false);
+        self.clear_intents(false);
+    }
+
+    /// Tells the ack set what is stable.
+    pub(super) fn tell_stable(&mut self, drain: bool) {
+        let Some(primary) = &self.primary else { return };
+        let Some(through) = primary.stable else { return };
+        let (reign, nodes) = (primary.reign, primary.acks.keys().copied().collect::<Vec<NodeId>>());
+        for node in nodes {
+            if let Some(session) = self.reported_session(node) {
+                self.send(session, PeerMsg::Stable { reign, through, drain });
+            }
+        }
+    }
+
+    fn start_round(&mut self) {
+        if self.failure.is_some() {
+            return;
+        }
+        let Some(primary) = &mut self.primary else { return };
+        if !primary.serving() || primary.round.is_some() {
+            return;
+        }
+        let through = primary.committed_through();
+        if primary.stable == Some(through) {
+            // Nothing has been committed since the last round: it is stable already.
+            primary.flush_wanted = false;
+            for id in std::mem::take(&mut primary.flush_queue) {
+                self.finish(id, Ok(ReplyData::None));
+            }
+            return;
+        }
+        if primary.flush_queue.is_empty() && !primary.flush_wanted {
+            return;
+        }
+        primary.flush_wanted = false;
+        let ops = std::mem::take(&mut primary.flush_queue);
+        let waiting = primary.acks.keys().copied().collect();
+        let reign = primary.reign;
+        let id = self.request_id();
+        let local = self.flusher.request();
+        let Some(primary) = &mut self.primary else { return };
+        primary.round = Some(Round { id, through, local, waiting, ops });
+        let nodes: Vec<NodeId> = primary.acks.keys().copied().collect();
+        for node in nodes {
+            if let Some(session) = self.reported_session(node) {
+                self.send(session, PeerMsg::Flush { reign, id });
+            }
+        }
+    }
+
+    pub(super) fn flush_acked(&mut self, node: NodeId, id: u64) {
+        let round = self.primary.as_mut().and_then(|p| p.round.as_mut());
+        if let Some(round) = round.filter(|r| r.id == id) {
+            round.waiting.remove(&node);
+        }
+    }
+
+    /// The lazy part: flush when regions have been idle, then clear them.
+    pub(super) fn tick_intents(&mut self) {
+        let idle = crate::types::Nanos(
+            self.now.0.saturating_sub(u64::try_from(INTENT_IDLE.as_nanos()).unwrap_or(u64::MAX)),
+        );
+        if let Some(primary) = &mut self.primary {
+            let stable = primary.stable;
+            let unflushed = self.intents.wants_flush(stable, idle, false);
+            primary.flush_wanted |= unflushed && primary.serving();
+        }
+        self.clear_intents(false);
+    }
+
+    /// Clears the intent regions that may go [R5]: only as a named member, only what is stable on all of
+    /// the ack set, and only when the bitmaps of all missing replicas are durable for it. `drain`: now,
+    /// not when idle.
+    pub(super) fn clear_intents(&mut self, drain: bool) {
+        if !self.is_member() || self.failure.is_some() {
+            return;
+        }
+        let max = usize::try_from(self.settings().intent_regions_max).unwrap_or(usize::MAX);
+        let stable = match &self.primary {
+            Some(primary) if primary.serving() => primary.stable,
+            Some(_) => None,
+            None => self.following.stable,
+        };
+        let idle_nanos = if drain { 0 } else { u64::try_from(INTENT_IDLE.as_nanos()).unwrap_or(u64::MAX) };
+        let idle_before = crate::types::Nanos(self.now.0.saturating_sub(idle_nanos));
+        // As a full map blocks writers, make room in larger steps than one.
+        let keep_max = max - max / 4;
+        let missing = self.missing_slots();
+        self.intents.clear_idle(&mut self.store, stable, idle_before, keep_max, |store, blocks| {
+            missing.iter().flat_map(|slot| store.save_dirty(*slot, blocks)).collect()
+        });
+    }
+}

@@ -1,0 +1,197 @@
+//! Reads on the primary, and what happens when a block can't be read.
+//!
+//! A read shares the range lock with other reads and excludes writes until all of the ack set have
+//! committed them: nobody sees a value that could still vanish [R8]. A block that can't be read here is
+//! read from a member of the ack set, under the exclusive lock, rewritten here (intent first) and only
+//! then answered [R20].
+
+use crate::types::NodeId;
+use crate::wire::{Payload, PeerMsg};
+
+use super::Replica;
+use super::disk::Purpose;
+use super::io::{ClientError, ClientOp, DiskErrorKind, DiskOp, DiskResult, Event, ReplyData};
+use super::primary::{LockOwner, Op, OpId, Planned, Stage};
+
+/// A repair under way.
+#[derive(Debug)]
+pub(super) struct Repair {
+    tried: Vec<NodeId>,
+    request: Option<u64>,
+    /// The plan of a write whose edges could not be filled, to go on with; `None` for a read.
+    resume: Option<Vec<Planned>>,
+}
+
+impl Replica {
+    pub(super) fn begin_read(&mut self, id: OpId) {
+        let Some(primary) = &mut self.primary else { return };
+        let op = primary.ops.get_mut(&id).expect("a granted request exists");
+        op.stage = Stage::Read;
+        let blocks = op.blocks;
+        self.put_disk(DiskOp::Read { blocks, hash: false }, Purpose::ClientRead(id), None);
+    }
+
+    pub(super) fn client_read_done(&mut self, id: OpId, result: Result<DiskResult, DiskErrorKind>) {
+        let known = self.primary.as_ref().is_some_and(|p| p.ops.contains_key(&id));
+        match result {
+            result if !known => self.discard_read(result),
+            Ok(DiskResult::Read { payload, .. }) => self.answer_read(id, payload),
+            Ok(other) => panic!("a read completed with {other:?}"),
+            Err(_) => self.begin_read_repair(id),
+        }
+    }
+
+    fn answer_read(&mut self, id: OpId, payload: Payload) {
+        let block_size = u64::from(self.geometry.block_size());
+        let Some(primary) = &self.primary else { return };
+        let request = &primary.ops[&id].request;
+        let skip = u32::try_from(request.offset % block_size).expect("less than a block");
+        let len = u32::try_from(request.len).expect("a request is no longer than a payload");
+        assert!(skip + len <= payload.len, "a read brought less than was asked for");
+        self.finish(id, Ok(ReplyData::Read { buf: payload.buf, skip, len }));
+    }
+
+    /// Trades the shared lock for the exclusive one; what waits in between comes first.
+    fn begin_read_repair(&mut self, id: OpId) {
+        let Some(primary) = &mut self.primary else { return };
+        let op = primary.ops.get_mut(&id).expect("the request of a read exists");
+        op.stage = Stage::Repair;
+        op.repair = Some(Repair { tried: Vec::new(), request: None, resume: None });
+        let (blocks, shared) = (op.blocks, op.lock.take().expect("a read holds its lock"));
+        let let_in = primary.locks.release(shared);
+        let (lock, granted) = primary.locks.acquire(blocks, true, LockOwner::Op(id));
+        if let Some(op) = primary.ops.get_mut(&id) {
+            op.lock = Some(lock);
+        }
+        for owner in let_in {
+            self.range_granted(owner);
+        }
+        if granted {
+            self.ask_for_repair(id);
+        }
+    }
+
+    /// An edge of a partial write can't be read; the write already holds the exclusive lock.
+    pub(super) fn begin_edge_repair(&mut self, id: OpId, n: usize) {
+        let Some(primary) = &mut self.primary else { return };
+        let op = primary.ops.get_mut(&id).expect("the request of a fill exists");
+        if op.repair.is_some() {
+            return; // the other edge asked already; all of the range is mended at once
+        }
+        let _ = n;
+        op.stage = Stage::Repair;
+        let resume = Some(std::mem::take(&mut op.plan));
+        op.repair = Some(Repair { tried: Vec::new(), request: None, resume });
+        self.ask_for_repair(id);
+    }
+
+    /// Asks the next member of the ack set that was not asked yet.
+    pub(super) fn ask_for_repair(&mut self, id: OpId) {
+        let Some(primary) = &self.primary else { return };
+        let op = &primary.ops[&id];
+        let tried = op.repair.as_ref().map(|r| r.tried.clone()).unwrap_or_default();
+        let candidates: Vec<NodeId> = primary.acks.keys().copied().filter(|n| !tried.contains(n)).collect();
+        let blocks = op.blocks;
+        let next = candidates.into_iter().find_map(|n| self.reported_session(n).map(|s| (n, s)));
+        let Some((node, session)) = next else {
+            return self.repair_impossible(id);
+        };
+        let request = self.request_id();
+        let reign = self.reign();
+        let Some(primary) = &mut self.primary else { return };
+        if let Some(repair) = primary.ops.get_mut(&id).and_then(|op| op.repair.as_mut()) {
+            repair.tried.push(node);
+            repair.request = Some(request);
+        }
+        self.send(session, PeerMsg::ReadRequest { reign, id: request, blocks });
+    }
+
+    fn repair_impossible(&mut self, id: OpId) {
+        let Some(primary) = &mut self.primary else { return };
+        let op = primary.ops.get_mut(&id).expect("the request of a repair exists");
+        if let Some(plan) = op.repair.take().and_then(|r| r.resume) {
+            op.plan = plan;
+        }
+        self.finish(id, Err(ClientError::Io));
+    }
+
+    /// A member answered a repair's read.
+    pub(super) fn repair_answered(&mut self, request: u64, payload: Option<Payload>) {
+        let found = self.primary.as_mut().and_then(|p| {
+            p.ops.iter_mut().find(|(_, op)| {
+                op.stage == Stage::Repair && op.repair.as_ref().is_some_and(|r| r.request == Some(request))
+            })
+        });
+        let Some((id, op)) = found else {
+            if let Some(payload) = payload {
+                self.release(payload.buf);
+            }
+            return;
+        };
+        let id = *id;
+        match payload {
+            Some(payload)
+                if u64::from(payload.len) == op.blocks.count * u64::from(self.geometry.block_size()) =>
+            {
+                op.plan = vec![Planned { blocks: op.blocks, payload: Some(payload), head: 0, tail: 0 }];
+                self.queue_for_intent(id);
+            }
+            Some(payload) => {
+                self.release(payload.buf);
+                self.ask_for_repair(id);
+            }
+            None => self.ask_for_repair(id),
+        }
+    }
+
+    /// A member that was asked is gone: ask another.
+    pub(super) fn retry_repairs(&mut self, gone: NodeId) {
+        let Some(primary) = &self.primary else { return };
+        let waiting = |op: &Op| {
+            op.stage == Stage::Repair && op.repair.as_ref().is_some_and(|r| r.tried.last() == Some(&gone))
+        };
+        let ids: Vec<OpId> = primary.ops.iter().filter(|(_, op)| waiting(op)).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.ask_for_repair(id);
+        }
+    }
+
+    /// The blocks are rewritten here: answer the read, or go on with the write.
+    pub(super) fn repaired(&mut self, id: OpId) {
+        let Some(primary) = &mut self.primary else { return };
+        let op = primary.ops.get_mut(&id).expect("a repaired request exists");
+        let blocks = op.blocks;
+        let payload = op.plan[0].payload.expect("a repair has content");
+        let repair = op.repair.take().expect("a repair is under way");
+        self.event(Event::Repaired { blocks });
+        if let Some(plan) = repair.resume {
+            self.release(payload.buf);
+            self.resume_write(id, plan);
+        } else {
+            self.answer_read(id, payload);
+        }
+    }
+
+    fn resume_write(&mut self, id: OpId, plan: Vec<Planned>) {
+        let Some(primary) = &mut self.primary else { return };
+        let op = primary.ops.get_mut(&id).expect("a repaired request exists");
+        op.plan = plan;
+        op.stage = Stage::Fill;
+        let partial: Vec<usize> = (0..op.plan.len())
+            .filter(|n| (op.plan[*n].head > 0 || op.plan[*n].tail > 0) && op.plan[*n].payload.is_some())
+            .collect();
+        op.left = partial.len();
+        for n in partial {
+            self.fill_edges(id, n);
+        }
+    }
+
+    /// Buffers of a write that waits for a repair.
+    pub(super) fn release_saved_plan(&mut self, op: &Op) {
+        let Some(plan) = op.repair.as_ref().and_then(|r| r.resume.as_ref()) else { return };
+        for payload in plan.iter().filter_map(|p| p.payload) {
+            self.release(payload.buf);
+        }
+        debug_assert!(matches!(op.request.op, ClientOp::Write(_) | ClientOp::Zero));
+    }
+}

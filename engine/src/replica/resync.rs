@@ -1,0 +1,447 @@
+//! The source's side of resync: what a returning replica lacks, and the way to its join.
+//!
+//! A returning replica has three outcomes: a known set, everything, or refused. The set is the primary's
+//! bitmap for it united with both sides' intent regions (and, for foreign writes of another lineage, with
+//! its own bitmap for the source). Order of a join: set empty, enter the ack set, the target flushes, the
+//! primary's bitmaps are copied to it, then it is proposed [R4, R12].
+//!
+//! Client writes go to the target live and set its bit; only a copy or a write that is still the newest for
+//! its block clears the bit [R21]: `live` holds, per block, the number of the newest write under way.
+//!
+//! The same machinery reconciles the members of the set after a promotion [R11].
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::types::{
+    BlockRange, ConfigView, Incarnation, Member, Nanos, NodeId, RegionIndex, ReplicaSlot, ResyncProgress,
+    SuperblockTrust,
+};
+use crate::wire::{BaseContent, PeerMsg, PeerReport, RunsKind, WriteSeq};
+
+use crate::meta::PagedBitmap;
+
+use super::Replica;
+use super::chunk::{Chunk, ChunkId};
+use super::io::Event;
+
+/// Bytes of live writes that a target may leave unanswered before further ones are not sent to it (their
+/// bits stay set). Inside the ack set there is no such limit: it is waited for.
+const LIVE_BYTES_MAX: u64 = 32 << 20;
+
+/// Where a target stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TargetPhase {
+    /// Its inconsistent mark is being made durable.
+    Preparing,
+    /// Blocks are compared and copied.
+    Copying,
+    /// In the ack set; older live writes are still under way.
+    Draining,
+    /// It flushes, with the bitmaps.
+    Flushing(u64),
+    /// May be proposed.
+    Ready,
+    /// Its join is proposed.
+    Proposed,
+    /// A member that holds the same content.
+    Reconciled,
+}
+
+/// A replica that is being resynced, or a member being reconciled.
+#[derive(Debug)]
+pub(super) struct Target {
+    pub(super) incarnation: Incarnation,
+    pub(super) slot: ReplicaSlot,
+    pub(super) member: bool,
+    pub(super) phase: TargetPhase,
+    everything: bool,
+    /// Regions whose bits come from an intent map: compared, not copied.
+    compare: BTreeSet<RegionIndex>,
+    pub(super) cursor: u64,
+    pub(super) chunks: BTreeMap<ChunkId, Chunk>,
+    pub(super) requests: BTreeMap<u64, (ChunkId, BlockRange)>,
+    pub(super) live: BTreeMap<u64, WriteSeq>,
+    unanswered: BTreeMap<WriteSeq, BlockRange>,
+    unanswered_bytes: u64,
+    entered_at: WriteSeq,
+    pub(super) progress: ResyncProgress,
+    speed: (Nanos, u64),
+    /// A chunk could not be read here: wait before the next try.
+    pub(super) paused_until: Nanos,
+}
+
+impl Target {
+    pub(super) fn in_ack_set(&self) -> bool {
+        self.member || !matches!(self.phase, TargetPhase::Preparing | TargetPhase::Copying)
+    }
+
+    pub(super) fn compares(&self, region: RegionIndex) -> bool {
+        self.everything || self.compare.contains(&region)
+    }
+
+    fn copies(&self) -> bool {
+        !matches!(self.phase, TargetPhase::Preparing | TargetPhase::Reconciled)
+    }
+}
+
+/// What to do with a returning replica.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// The primary's bitmap for it says what it lacks.
+    Known { foreign: bool, reason: &'static str },
+    /// Nothing can be relied on.
+    Everything { foreign: bool, reason: &'static str },
+    /// Not a replica of this history.
+    Refused(String),
+}
+
+/// Judges what a returning replica says of itself against the committed config [design 7]. Both replicas'
+/// metadata never decide who copies from whom: the config does.
+pub(super) fn judge(report: &PeerReport, node: NodeId, me: Member, config: &ConfigView) -> Verdict {
+    let blank = report.member.is_none() && report.inconsistent.is_none();
+    let foreign = if report.lineage == config.lineage || report.trust == SuperblockTrust::None {
+        false
+    } else if let Some(fork) = config.history.iter().find(|f| f.lineage == report.lineage) {
+        report.epoch > fork.fork_epoch
+    } else if blank && report.base == BaseContent::Zero {
+        false
+    } else {
+        return Verdict::Refused(format!(
+            "its content is of lineage {}, which the history of this volume does not know; if it may be thrown away, \
+             remove its data and metadata files and restart the node",
+            report.lineage
+        ));
+    };
+    if report.trust != SuperblockTrust::Sound {
+        return Verdict::Everything { foreign, reason: "its superblock is damaged" };
+    }
+    let resumed = report.inconsistent.is_some_and(|mark| mark.reign == config.reign && mark.source == me);
+    let last_member = config.replica(node).and_then(|r| r.last_member);
+    match (report.member, report.base) {
+        (Some(member), _) if Some(member) == last_member => {
+            Verdict::Known { foreign, reason: "it was in sync before" }
+        }
+        (Some(_), _) => Verdict::Everything { foreign, reason: "it is not the copy that was last in sync" },
+        (None, _) if resumed => Verdict::Known { foreign, reason: "its resync goes on" },
+        (None, BaseContent::Zero) if last_member.is_none() => {
+            Verdict::Known { foreign, reason: "it is new and all zeroes" }
+        }
+        (None, BaseContent::Zero) => Verdict::Everything { foreign, reason: "its disk was replaced" },
+        (None, _) => Verdict::Everything { foreign, reason: "what it holds is not known" },
+    }
+}
+
+impl Replica {
+    /// Begins what can begin, moves on what can move on.
+    pub(super) fn pump_resync(&mut self) {
+        let Some(primary) = &self.primary else { return };
+        if self.failure.is_some() {
+            return;
+        }
+        if primary.serving() {
+            let waiting = |n: &NodeId| !primary.acks.contains_key(n) && !primary.targets.contains_key(n);
+            let new: Vec<NodeId> = self.peers.keys().copied().filter(waiting).collect();
+            for node in new {
+                self.begin_resync(node);
+            }
+        }
+        let Some(primary) = &self.primary else { return };
+        for node in primary.targets.keys().copied().collect::<Vec<NodeId>>() {
+            self.pump_chunks(node);
+            self.pump_phase(node);
+        }
+    }
+
+    /// After a promotion: makes a member's content equal in all regions that either intent map names.
+    pub(super) fn reconcile(&mut self, node: NodeId) {
+        let known = self.primary.as_ref().is_some_and(|p| p.targets.contains_key(&node));
+        if known || self.reported_session(node).is_none() || self.failure.is_some() {
+            return;
+        }
+        self.add_target(node, true, false, TargetPhase::Copying);
+        self.pump_phase(node);
+    }
+
+    fn begin_resync(&mut self, node: NodeId) {
+        let Some(session) = self.reported_session(node) else { return };
+        let (Some(config), Some(peer)) = (&self.config, self.peers.get(&node)) else { return };
+        let (Some(report), None) = (peer.report, &peer.refused) else { return };
+        let verdict = judge(&report, node, self.me, config);
+        let (epoch, reign) = (config.epoch, config.reign);
+        let (everything, foreign, reason) = match verdict {
+            Verdict::Known { foreign, reason } => (false, foreign, reason),
+            Verdict::Everything { foreign, reason } => (true, foreign, reason),
+            Verdict::Refused(reason) => {
+                if let Some(peer) = self.peers.get_mut(&node) {
+                    peer.refused = Some(reason.clone());
+                }
+                return self.event(Event::Refused { node, reason });
+            }
+        };
+        self.add_target(node, false, everything, TargetPhase::Preparing);
+        self.event(Event::ResyncStarted { node, bytes: self.dirty_bytes(node), reason: reason.into() });
+        self.send(session, PeerMsg::ResyncStart { reign, epoch, send_foreign: foreign, everything });
+    }
+
+    /// Unites the set: the own bitmap, and both sides' intent regions.
+    fn add_target(&mut self, node: NodeId, member: bool, everything: bool, phase: TargetPhase) {
+        let Some(peer) = self.peers.get(&node) else { return };
+        let (slot, theirs) = (peer.slot, peer.intents.clone());
+        let Some(incarnation) = peer.session.map(|s| s.incarnation) else { return };
+        let regions = self.geometry.regions();
+        let mut compare: BTreeSet<RegionIndex> = self.intents.regions().into_iter().collect();
+        for run in theirs {
+            let end = run.start.saturating_add(run.count).min(regions);
+            compare.extend((run.start..end).map(RegionIndex));
+        }
+        let (geometry, intents) = (self.geometry, compare.clone());
+        let Some(bitmap) = self.store.dirty_mut(slot) else { return };
+        if everything {
+            bitmap.set_all();
+        }
+        for region in intents {
+            let blocks = geometry.blocks_of_region(region);
+            bitmap.set_range(blocks.start.0, blocks.count);
+        }
+        let total_bytes = bitmap.count() * u64::from(geometry.block_size());
+        let target = Target {
+            incarnation,
+            slot,
+            member,
+            phase,
+            everything,
+            compare,
+            cursor: 0,
+            chunks: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            live: BTreeMap::new(),
+            unanswered: BTreeMap::new(),
+            unanswered_bytes: 0,
+            entered_at: WriteSeq(0),
+            progress: ResyncProgress { total_bytes, ..ResyncProgress::default() },
+            speed: (self.now, 0),
+            paused_until: self.now,
+        };
+        if let Some(primary) = &mut self.primary {
+            primary.targets.insert(node, target);
+        }
+    }
+
+    /// The target's mark is durable; foreign runs, if any, have come.
+    pub(super) fn target_ready(&mut self, node: NodeId) {
+        let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) else { return };
+        if target.phase != TargetPhase::Preparing {
+            return;
+        }
+        target.phase = TargetPhase::Copying;
+        let slot = target.slot;
+        let blocks = self.geometry.blocks();
+        let foreign = self.peers.get_mut(&node).map(|p| std::mem::take(&mut p.foreign)).unwrap_or_default();
+        if foreign.is_empty() {
+            return;
+        }
+        let Some(bitmap) = self.store.dirty_mut(slot) else { return };
+        let mut count = 0;
+        for run in foreign.iter().filter(|r| r.start < blocks) {
+            let len = run.count.min(blocks - run.start);
+            count += len;
+            bitmap.set_range(run.start, len);
+        }
+        let total_bytes = bitmap.count() * u64::from(self.geometry.block_size());
+        if let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) {
+            target.progress.total_bytes = total_bytes;
+        }
+        let bytes = count * u64::from(self.geometry.block_size());
+        self.event(Event::Discarding { node, bytes });
+    }
+
+    pub(super) fn dirty_bytes(&self, node: NodeId) -> u64 {
+        let bitmap = self.peers.get(&node).and_then(|p| self.store.dirty(p.slot));
+        bitmap.map_or(0, |b| b.count() * u64::from(self.geometry.block_size()))
+    }
+
+    /// Sends a client's write to a target while it is being resynced.
+    pub(super) fn send_live(&mut self, seq: WriteSeq, node: NodeId) {
+        let block_size = u64::from(self.geometry.block_size());
+        let Some(primary) = &mut self.primary else { return };
+        let waited_for = primary.acks.contains_key(&node);
+        let Some(target) = primary.targets.get_mut(&node) else { return };
+        let blocks = primary.parts[&seq].blocks;
+        let bytes = blocks.count * block_size;
+        let room = target.unanswered_bytes + bytes <= LIVE_BYTES_MAX;
+        let send = waited_for || (target.copies() && room);
+        if !send || !self.send_part(seq, node) {
+            // An older write under way is no longer the newest for its blocks: its answer clears nothing [R21].
+            return self.forget_live(node, blocks);
+        }
+        let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) else { return };
+        target.unanswered.insert(seq, blocks);
+        target.unanswered_bytes += bytes;
+        for block in blocks.iter() {
+            target.live.insert(block.0, seq);
+        }
+    }
+
+    fn forget_live(&mut self, node: NodeId, blocks: BlockRange) {
+        let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) else { return };
+        let gone: Vec<u64> = target.live.range(blocks.start.0..blocks.end()).map(|(b, _)| *b).collect();
+        for block in gone {
+            target.live.remove(&block);
+        }
+    }
+
+    /// A target has committed a live write: its bit goes where that write is still the newest [R21].
+    pub(super) fn live_acked(&mut self, node: NodeId, seq: WriteSeq) {
+        let block_size = u64::from(self.geometry.block_size());
+        let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) else { return };
+        let Some(blocks) = target.unanswered.remove(&seq) else { return };
+        target.unanswered_bytes -= blocks.count * block_size;
+        let newest: Vec<u64> = target
+            .live
+            .range(blocks.start.0..blocks.end())
+            .filter(|(_, newest)| **newest == seq)
+            .map(|(block, _)| *block)
+            .collect();
+        let slot = target.slot;
+        for block in newest {
+            target.live.remove(&block);
+            if let Some(bitmap) = self.store.dirty_mut(slot) {
+                bitmap.clear(block);
+            }
+        }
+    }
+
+    /// The order of a join [R4].
+    fn pump_phase(&mut self, node: NodeId) {
+        let Some(primary) = &self.primary else { return };
+        let Some(target) = primary.targets.get(&node) else { return };
+        let dirty = self.store.dirty(target.slot).map_or(0, PagedBitmap::count);
+        let last = primary.last_seq();
+        match target.phase {
+            TargetPhase::Copying if target.chunks.is_empty() && dirty == target.live.len() as u64 => {
+                if target.member {
+                    self.set_phase(node, TargetPhase::Reconciled);
+                    return self.reconciled(node);
+                }
+                // Every block it lacks is in a write on its way: from here on each write waits for it.
+                self.enter_ack_set(node);
+            }
+            TargetPhase::Draining => {
+                let entered = target.entered_at;
+                let older = target.unanswered.keys().next().is_some_and(|first| *first <= entered);
+                if !older && target.chunks.is_empty() && dirty == target.live.len() as u64 {
+                    self.flush_joiner(node, last);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn set_phase(&mut self, node: NodeId, phase: TargetPhase) {
+        if let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) {
+            target.phase = phase;
+        }
+    }
+
+    fn enter_ack_set(&mut self, node: NodeId) {
+        let Some(primary) = &mut self.primary else { return };
+        let entered_at = primary.last_seq();
+        if let Some(target) = primary.targets.get_mut(&node) {
+            target.entered_at = entered_at;
+            target.phase = TargetPhase::Draining;
+        }
+        self.refresh_acks();
+        self.pump_phase(node);
+    }
+
+    /// Copies the bitmaps for all other missing replicas and asks for a flush [R12].
+    fn flush_joiner(&mut self, node: NodeId, through: WriteSeq) {
+        let Some(session) = self.reported_session(node) else { return };
+        let reign = self.reign();
+        let joiner = self.peers.get(&node).map(|p| p.slot);
+        let others: Vec<ReplicaSlot> =
+            self.missing_slots().into_iter().filter(|s| Some(*s) != joiner).collect();
+        for slot in others {
+            let runs = self.store.dirty(slot).map(|b| b.runs(0).collect::<Vec<_>>()).unwrap_or_default();
+            self.send_runs(session, reign, RunsKind::Dirty(slot), &runs);
+        }
+        let id = self.request_id();
+        self.set_phase(node, TargetPhase::Flushing(id));
+        self.send(session, PeerMsg::JoinFlush { reign, id, through });
+    }
+
+    pub(super) fn join_flushed(&mut self, node: NodeId, id: u64) {
+        let phase = self.primary.as_ref().and_then(|p| p.targets.get(&node)).map(|t| t.phase);
+        if phase == Some(TargetPhase::Flushing(id)) {
+            self.set_phase(node, TargetPhase::Ready);
+        }
+    }
+
+    /// The target whose join is to be proposed next, then counted as proposed.
+    pub(super) fn target_to_propose(&mut self) -> Option<Member> {
+        let primary = self.primary.as_mut().filter(|p| p.serving())?;
+        let (node, target) = primary.targets.iter_mut().find(|(_, t)| t.phase == TargetPhase::Ready)?;
+        target.phase = TargetPhase::Proposed;
+        Some(Member { node: *node, incarnation: target.incarnation })
+    }
+
+    pub(super) fn join_refused(&mut self, node: NodeId) {
+        let phase = self.primary.as_ref().and_then(|p| p.targets.get(&node)).map(|t| t.phase);
+        if phase == Some(TargetPhase::Proposed) {
+            self.set_phase(node, TargetPhase::Ready);
+        }
+    }
+
+    /// A newer config: who joined is a target no more; who was proposed under the old epoch is again.
+    pub(super) fn targets_after_config(&mut self, config: &ConfigView) {
+        let Some(primary) = &self.primary else { return };
+        let nodes: Vec<(NodeId, Incarnation, bool)> =
+            primary.targets.iter().map(|(n, t)| (*n, t.incarnation, t.member)).collect();
+        for (node, incarnation, member) in nodes {
+            let is_member = config.in_sync.contains(&Member { node, incarnation });
+            if is_member && !member {
+                let progress = self.primary.as_ref().map(|p| p.targets[&node].progress);
+                self.drop_target(node);
+                if let Some(progress) = progress {
+                    self.event(Event::ResyncFinished { node, progress });
+                }
+            } else if member && !is_member {
+                self.drop_target(node);
+            } else {
+                self.join_refused(node);
+            }
+        }
+    }
+
+    /// Ends a resync or reconciliation: what it had under way is forgotten, its bits stay.
+    pub(super) fn drop_target(&mut self, node: NodeId) {
+        let Some(target) = self.primary.as_mut().and_then(|p| p.targets.remove(&node)) else { return };
+        for chunk in target.chunks.into_values() {
+            self.drop_chunk(chunk);
+        }
+        self.refresh_acks();
+    }
+
+    pub(super) fn drop_all_targets(&mut self) {
+        let nodes: Vec<NodeId> =
+            self.primary.as_ref().map(|p| p.targets.keys().copied().collect()).unwrap_or_default();
+        for node in nodes {
+            self.drop_target(node);
+        }
+    }
+
+    /// Measures the speed of each resync, once a second.
+    pub(super) fn tick_resync(&mut self) {
+        let now = self.now;
+        let Some(primary) = &mut self.primary else { return };
+        for target in primary.targets.values_mut() {
+            let elapsed = now.since(target.speed.0);
+            if elapsed.as_millis() >= 1000 {
+                let done = target.progress.done_bytes - target.speed.1;
+                let millis = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+                target.progress.bytes_per_s = done.saturating_mul(1000) / millis;
+                target.speed = (now, target.progress.done_bytes);
+            }
+        }
+    }
+}

@@ -1,0 +1,429 @@
+//! Writes on the primary (design section 5).
+//!
+//! The order is load-bearing: range lock; partial blocks completed; own intent durable; only then is the
+//! write sent to all of the ack set and put on the own disk, both at once; it is committed when all of
+//! them have committed it in their named incarnations.
+//!
+//! Whoever is not a named member is marked in the own dirty bitmaps before the write goes out, and the
+//! write tells every receiver to do the same [R12]. While this replica is, or could be, the whole
+//! committed set, a write is stable before it is acknowledged [R14].
+
+use crate::types::{BlockRange, Durability, LogIndex, NodeId, SlotSet};
+use crate::wire::{PeerMsg, WriteSeq};
+
+use super::Replica;
+use super::disk::{DiskOwner, Purpose};
+use super::io::{ClientError, ClientOp, DiskErrorKind, DiskOp, DiskResult, ReplyData};
+use super::primary::{OpId, Part, Planned, Stage};
+
+impl Replica {
+    /// The range lock is held: plan the parts.
+    pub(super) fn begin_write(&mut self, id: OpId) {
+        let block_size = u64::from(self.geometry.block_size());
+        let Some(primary) = &mut self.primary else { return };
+        let op = primary.ops.get_mut(&id).expect("a granted request exists");
+        let (start, end) = (op.request.offset, op.request.offset + op.request.len);
+        op.stage = Stage::Fill;
+        if let ClientOp::Write(payload) = op.request.op {
+            let head = offset_in_block(start, block_size);
+            let tail = offset_in_block(op.blocks.end() * block_size - end, block_size);
+            op.plan = vec![Planned { blocks: op.blocks, payload: Some(payload), head, tail }];
+        } else {
+            op.plan = plan_zeroes(start, end, block_size);
+        }
+        let partial: Vec<(usize, Planned)> =
+            op.plan.iter().copied().enumerate().filter(|(_, p)| p.head > 0 || p.tail > 0).collect();
+        op.left = partial.len();
+        if partial.is_empty() {
+            self.queue_for_intent(id);
+            return;
+        }
+        for (n, planned) in partial {
+            match planned.payload {
+                Some(_) => self.fill_edges(id, n),
+                None => {
+                    let len = self.geometry.block_size();
+                    self.put_disk(DiskOp::ZeroBuffer { len }, Purpose::ZeroBuffer(id, n), None);
+                }
+            }
+        }
+    }
+
+    /// Reads what the client did not give of the first and the last block.
+    pub(super) fn fill_edges(&mut self, id: OpId, n: usize) {
+        let Some(primary) = &self.primary else { return };
+        let Planned { blocks, payload, head, tail } = primary.ops[&id].plan[n];
+        let buf = payload.expect("edges are filled of a part that has a buffer").buf;
+        self.put_disk(DiskOp::FillEdges { buf, blocks, head, tail }, Purpose::FillEdges(id, n), None);
+    }
+
+    pub(super) fn zero_buffer_done(&mut self, id: OpId, n: usize, result: Result<DiskResult, DiskErrorKind>) {
+        let op = self.primary.as_mut().and_then(|p| p.ops.get_mut(&id));
+        let Some(op) = op else { return self.discard_read(result) };
+        match result {
+            Ok(DiskResult::Read { payload, .. }) => {
+                op.plan[n].payload = Some(payload);
+                self.fill_edges(id, n);
+            }
+            Ok(other) => panic!("a zero buffer completed with {other:?}"),
+            Err(_) => self.part_failed(id, ClientError::Io),
+        }
+    }
+
+    pub(super) fn edges_filled(&mut self, id: OpId, n: usize, result: Result<DiskResult, DiskErrorKind>) {
+        let Some(op) = self.primary.as_mut().and_then(|p| p.ops.get_mut(&id)) else { return };
+        match result {
+            Ok(DiskResult::Filled { crc }) => {
+                let payload = op.plan[n].payload.as_mut().expect("the part has a buffer");
+                payload.crc = crc;
+                op.left -= 1;
+                if op.left == 0 {
+                    self.fill_complete(id);
+                }
+            }
+            Ok(other) => panic!("filling edges completed with {other:?}"),
+            // The block under the edge can't be read: mend it from a member's copy, then go on [R20].
+            Err(_) => self.begin_edge_repair(id, n),
+        }
+    }
+
+    fn part_failed(&mut self, id: OpId, error: ClientError) {
+        let Some(op) = self.primary.as_mut().and_then(|p| p.ops.get_mut(&id)) else { return };
+        op.error = Some(error);
+        op.left -= 1;
+        if op.left == 0 {
+            self.fill_complete(id);
+        }
+    }
+
+    fn fill_complete(&mut self, id: OpId) {
+        let error = self.primary.as_ref().and_then(|p| p.ops.get(&id)).and_then(|op| op.error);
+        match error {
+            Some(error) => self.finish(id, Err(error)),
+            None => self.queue_for_intent(id),
+        }
+    }
+
+    pub(super) fn queue_for_intent(&mut self, id: OpId) {
+        let Some(primary) = &mut self.primary else { return };
+        if let Some(op) = primary.ops.get_mut(&id) {
+            op.stage = Stage::Intent;
+            primary.intent_queue.push_back(id);
+        }
+        self.pump_intent_queue();
+    }
+
+    /// Sets intents in order of arrival, within the bound on set regions, and launches what is covered
+    /// durably.
+    pub(super) fn pump_intent_queue(&mut self) {
+        let max = usize::try_from(self.settings().intent_regions_max).unwrap_or(usize::MAX);
+        let Some(primary) = &mut self.primary else { return };
+        let mut ready = Vec::new();
+        let mut full = false;
+        let (intents, store, now) = (&mut self.intents, &mut self.store, self.now);
+        for id in &primary.intent_queue {
+            let op = primary.ops.get_mut(id).expect("a request waiting for its intent exists");
+            if !op.intent {
+                full |= intents.new_regions(op.blocks) > 0 && intents.len() >= max;
+                if full {
+                    continue;
+                }
+                intents.begin(store, op.blocks, now);
+                op.intent = true;
+            }
+            if intents.durable(store, op.blocks) {
+                ready.push(*id);
+            }
+        }
+        primary.flush_wanted |= full;
+        if ready.is_empty() || !self.config_usable() {
+            return;
+        }
+        let Some(primary) = &mut self.primary else { return };
+        primary.intent_queue.retain(|id| !ready.contains(id));
+        for id in ready {
+            self.launch(id);
+        }
+    }
+
+    /// True if this replica is the whole committed set, or could be once a removal under way commits [R14].
+    pub(super) fn may_be_alone(&self) -> bool {
+        let Some(config) = &self.config else { return true };
+        let leaving = self.primary.as_ref().and_then(|p| p.member_leaving());
+        config.in_sync.iter().all(|m| *m == self.me || Some(*m) == leaving)
+    }
+
+    fn launch(&mut self, id: OpId) {
+        let always = self.settings().durability == Durability::Always;
+        let alone = self.may_be_alone();
+        let Some(primary) = &mut self.primary else { return };
+        let op = primary.ops.get_mut(&id).expect("a request with its intent set exists");
+        op.stage = Stage::Commit;
+        op.left = op.plan.len();
+        op.durable = op.request.fua || always || alone;
+        let (plan, durable) = (op.plan.clone(), op.durable);
+        // A repair writes here alone: the others have the content.
+        let waiting = if op.repair.is_some() { Vec::new() } else { primary.acks.keys().copied().collect() };
+        let mut launched = Vec::new();
+        for planned in plan {
+            let seq = primary.take_seq();
+            let owner = DiskOwner::Local(seq);
+            let (local_lock, granted) = self.disk.locks.acquire(planned.blocks, true, owner);
+            let part = Part {
+                op: id,
+                blocks: planned.blocks,
+                payload: planned.payload,
+                durable,
+                started: self.now,
+                local_done: false,
+                local_lock,
+                local_issued: false,
+                waiting: waiting.iter().copied().collect(),
+            };
+            primary.parts.insert(seq, part);
+            launched.push((seq, granted, planned.blocks));
+        }
+        if let Some(op) = primary.ops.get_mut(&id) {
+            op.last_seq = launched.last().map(|(seq, ..)| *seq);
+        }
+        let repair = primary.ops[&id].repair.is_some();
+        for (seq, granted, blocks) in launched {
+            if !repair {
+                self.mark_missing(blocks);
+                self.send_to_all(seq);
+            }
+            if granted {
+                self.local_write_granted(seq);
+            }
+        }
+    }
+
+    /// Marks blocks for every replica that is not a named member [R12].
+    pub(super) fn mark_missing(&mut self, blocks: BlockRange) {
+        for slot in self.missing_slots() {
+            if let Some(bitmap) = self.store.dirty_mut(slot) {
+                bitmap.set_range(blocks.start.0, blocks.count);
+            }
+        }
+    }
+
+    fn send_to_all(&mut self, seq: WriteSeq) {
+        let Some(primary) = &self.primary else { return };
+        let members: Vec<NodeId> =
+            primary.acks.keys().copied().filter(|n| !primary.targets.contains_key(n)).collect();
+        let targets: Vec<NodeId> = primary.targets.keys().copied().collect();
+        for node in members {
+            self.send_part(seq, node);
+        }
+        for node in targets {
+            self.send_live(seq, node);
+        }
+    }
+
+    /// Sends a write in flight to a replica, if a session to the right incarnation follows this reign.
+    /// If there is none it is sent when there is one (`resend_parts`).
+    pub(super) fn send_part(&mut self, seq: WriteSeq, node: NodeId) -> bool {
+        let Some(session) = self.reported_session(node) else { return false };
+        let missing = self.missing_set();
+        let config = self.config.as_ref().map_or(LogIndex(0), |c| c.index);
+        let Some(primary) = &self.primary else { return false };
+        let part = &primary.parts[&seq];
+        // A replica outside the ack set answers for resync alone: it need not be stable.
+        let durable = part.durable && primary.acks.contains_key(&node);
+        let (reign, blocks) = (primary.reign, part.blocks);
+        let msg = match part.payload {
+            Some(payload) => PeerMsg::Write { reign, seq, blocks, durable, missing, config, payload },
+            None => PeerMsg::Zero { reign, seq, blocks, durable, missing, config },
+        };
+        self.send(session, msg);
+        true
+    }
+
+    fn missing_set(&self) -> SlotSet {
+        let mut set = SlotSet::default();
+        for slot in self.missing_slots() {
+            set.insert(slot);
+        }
+        set
+    }
+
+    /// The disk lock of an own write is held: no other write to its blocks is in the kernel [R7].
+    pub(super) fn local_write_granted(&mut self, seq: WriteSeq) {
+        let Some(part) = self.primary.as_mut().and_then(|p| p.parts.get_mut(&seq)) else { return };
+        part.local_issued = true;
+        let (blocks, durable, lock) = (part.blocks, part.durable, part.local_lock);
+        let op = match part.payload {
+            Some(payload) => DiskOp::Write { blocks, buf: payload.buf, durable },
+            None => DiskOp::Zero { blocks, durable },
+        };
+        self.put_disk(op, Purpose::LocalWrite(seq), Some(lock));
+    }
+
+    pub(super) fn local_write_done(&mut self, seq: WriteSeq, result: Result<DiskResult, DiskErrorKind>) {
+        let alone = self.config.as_ref().is_some_and(|c| c.in_sync == [self.me]);
+        let Some(primary) = &mut self.primary else { return };
+        let Some(part) = primary.parts.get_mut(&seq) else { return };
+        match result {
+            Ok(_) => part.local_done = true,
+            Err(kind) if alone => {
+                // Nobody could take over: the client has to know. The block is not acknowledged, what
+                // it holds is open; the intent stays set until a later write and flush succeed.
+                part.local_done = true;
+                part.waiting.clear();
+                let error = match kind {
+                    DiskErrorKind::NoSpace => ClientError::NoSpace,
+                    DiskErrorKind::Io => ClientError::Io,
+                };
+                if let Some(op) = primary.ops.get_mut(&part.op) {
+                    op.error = Some(error);
+                }
+            }
+            Err(kind) => {
+                return self.fail(format!(
+                    "writing data failed: {kind}; the role is handed over, mend the disk (or free space) and \
+                     restart the node, it will be resynced"
+                ));
+            }
+        }
+        self.part_progress(seq);
+    }
+
+    /// A replica has committed a write.
+    pub(super) fn write_acked(&mut self, node: NodeId, seq: WriteSeq) {
+        self.live_acked(node, seq);
+        let Some(primary) = &mut self.primary else { return };
+        let Some(part) = primary.parts.get_mut(&seq) else { return };
+        if part.waiting.remove(&node) {
+            self.part_progress(seq);
+        }
+    }
+
+    pub(super) fn part_progress(&mut self, seq: WriteSeq) {
+        let Some(primary) = &mut self.primary else { return };
+        let Some(part) = primary.parts.get(&seq) else { return };
+        if !part.local_done || !part.waiting.is_empty() {
+            return;
+        }
+        let id = part.op;
+        primary.parts.remove(&seq);
+        let op = primary.ops.get_mut(&id).expect("the request of a write in flight exists");
+        op.left -= 1;
+        if op.left == 0 {
+            self.committed(id);
+        }
+    }
+
+    /// All parts are committed by all of the ack set.
+    fn committed(&mut self, id: OpId) {
+        let alone = self.may_be_alone();
+        let Some(primary) = &mut self.primary else { return };
+        let op = primary.ops.get_mut(&id).expect("a committed request exists");
+        op.intent = false;
+        let (blocks, last, error, durable) = (op.blocks, op.last_seq, op.error, op.durable);
+        let repair = op.repair.is_some();
+        self.intents.end(blocks, last, false);
+        if let Some(error) = error {
+            self.finish(id, Err(error));
+        } else if repair {
+            self.repaired(id);
+        } else if alone && !durable {
+            // Sent when there were others, committed when there may be none: flush before the answer [R14].
+            let ticket = self.flusher.request();
+            let Some(primary) = &mut self.primary else { return };
+            if let Some(op) = primary.ops.get_mut(&id) {
+                op.stage = Stage::Solo(ticket);
+            }
+            primary.solo_queue.push(id);
+        } else {
+            self.finish(id, Ok(ReplyData::None));
+        }
+    }
+
+    /// The ack set has changed: writes wait only for those in it.
+    pub(super) fn retain_waiting(&mut self) {
+        let Some(primary) = &mut self.primary else { return };
+        let acks = &primary.acks;
+        let mut touched = Vec::new();
+        for (seq, part) in &mut primary.parts {
+            let before = part.waiting.len();
+            part.waiting.retain(|node| acks.contains_key(node));
+            if part.waiting.len() != before {
+                touched.push(*seq);
+            }
+        }
+        if let Some(round) = &mut primary.round {
+            round.waiting.retain(|node| acks.contains_key(node));
+        }
+        for seq in touched {
+            self.part_progress(seq);
+        }
+    }
+
+    /// A session to a member of the ack set is (again) ready: what it has not acknowledged goes out anew,
+    /// under the same numbers. Overlapping writes cannot be among it, their range locks exclude them.
+    pub(super) fn resend_parts(&mut self, node: NodeId) {
+        let Some(primary) = &self.primary else { return };
+        let seqs: Vec<WriteSeq> =
+            primary.parts.iter().filter(|(_, p)| p.waiting.contains(&node)).map(|(seq, _)| *seq).collect();
+        for seq in seqs {
+            self.send_part(seq, node);
+        }
+        let Some(primary) = &self.primary else { return };
+        if let Some(round) = primary.round.as_ref().filter(|r| r.waiting.contains(&node)) {
+            let (reign, id) = (primary.reign, round.id);
+            if let Some(session) = self.reported_session(node) {
+                self.send(session, PeerMsg::Flush { reign, id });
+            }
+        }
+    }
+}
+
+fn offset_in_block(bytes: u64, block_size: u64) -> u32 {
+    u32::try_from(bytes % block_size).expect("a remainder of the block size fits")
+}
+
+/// Whole blocks in the middle as zeroes, partial blocks at the ends as read-modify-write.
+fn plan_zeroes(start: u64, end: u64, block_size: u64) -> Vec<Planned> {
+    let (first, last) = (start / block_size, (end - 1) / block_size);
+    let whole_start = start.div_ceil(block_size);
+    let whole_end = end / block_size;
+    let block = |index| BlockRange::between(index, index + 1);
+    let mut plan = Vec::new();
+    let head = offset_in_block(start, block_size);
+    let tail = offset_in_block((last + 1) * block_size - end, block_size);
+    if first == last && (head > 0 || tail > 0) {
+        return vec![Planned { blocks: block(first), payload: None, head, tail }];
+    }
+    if head > 0 {
+        plan.push(Planned { blocks: block(first), payload: None, head, tail: 0 });
+    }
+    if whole_start < whole_end {
+        let blocks = BlockRange::between(whole_start, whole_end);
+        plan.push(Planned { blocks, payload: None, head: 0, tail: 0 });
+    }
+    if tail > 0 {
+        plan.push(Planned { blocks: block(last), payload: None, head: 0, tail });
+    }
+    plan
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(start: u64, end: u64) -> Vec<(u64, u64, u32, u32)> {
+        plan_zeroes(start, end, 4096)
+            .iter()
+            .map(|p| (p.blocks.start.0, p.blocks.count, p.head, p.tail))
+            .collect()
+    }
+
+    #[test]
+    fn zeroes_are_split_into_partial_ends_and_whole_blocks() {
+        assert_eq!(shape(0, 8192), [(0, 2, 0, 0)]);
+        assert_eq!(shape(10, 20), [(0, 1, 10, 4076)]);
+        assert_eq!(shape(4096, 5000), [(1, 1, 0, 3192)]);
+        assert_eq!(shape(100, 12388), [(0, 1, 100, 0), (1, 2, 0, 0), (3, 1, 0, 3996)]);
+        assert_eq!(shape(4000, 4200), [(0, 1, 4000, 0), (1, 1, 0, 3992)]);
+    }
+}

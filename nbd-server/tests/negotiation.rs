@@ -1,0 +1,391 @@
+//! The negotiation, option by option, as a pure state machine.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+use blkrepl_nbd::negotiate::{
+    CloseReason, Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, OPTIONS_MAX, Progress, Want,
+};
+use blkrepl_nbd::proto::*;
+use blkrepl_nbd::{Attached, ExportInfo, ExportRefusal, Exports};
+use proptest::prelude::*;
+
+const SIZE: u64 = 1 << 30;
+
+/// `vol0` is served; `away` has its primary elsewhere; `late` is on a node that stops.
+struct Fixed(&'static [&'static str]);
+
+const ALL: Fixed = Fixed(&["vol0", "away", "late"]);
+const POLICY_TEXT: &str = "volume away: n2 is primary, at nbd://10.0.0.2:10809/away";
+
+impl Exports for Fixed {
+    fn list(&self) -> Vec<String> {
+        self.0.iter().map(ToString::to_string).collect()
+    }
+
+    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
+        match name {
+            _ if !self.0.contains(&name) => Err(ExportRefusal::Unknown(format!("no volume {name:?}"))),
+            "away" => Err(ExportRefusal::Policy(POLICY_TEXT.into())),
+            "late" => Err(ExportRefusal::Shutdown),
+            _ => Ok(ExportInfo::new(name, SIZE)),
+        }
+    }
+
+    fn attach(&self, _: &str, _: Attached) {
+        panic!("a negotiation attaches nothing");
+    }
+}
+
+/// What came of feeding bytes to a negotiation.
+struct Outcome {
+    /// All that was sent after the greeting.
+    sent: Vec<u8>,
+    progress: Progress,
+    /// Bytes that were not read.
+    left: usize,
+}
+
+/// Feeds exactly what is wanted until the input is used up or the negotiation ends.
+fn feed(mut input: &[u8], exports: &dyn Exports) -> Outcome {
+    let mut out = Vec::new();
+    let mut machine = Negotiation::new(&mut out);
+    assert_eq!(out.len(), GREETING_LEN);
+    out.clear();
+    let mut progress = Progress::Continue;
+    while progress == Progress::Continue {
+        let (discard, len) = match machine.wants() {
+            Want::Bytes(len) => {
+                assert!(len <= OPTION_BYTES_MAX as usize, "no option makes the server hold {len} bytes");
+                (false, len)
+            }
+            Want::Discard(len) => {
+                assert!(len <= OPTION_DRAIN_MAX);
+                (true, len as usize)
+            }
+        };
+        let Some((bytes, rest)) = input.split_at_checked(len) else { break };
+        input = rest;
+        progress = machine.advance(if discard { &[] } else { bytes }, exports, &mut out);
+    }
+    Outcome { sent: out, progress, left: input.len() }
+}
+
+fn client_flags(flags: u32) -> Vec<u8> {
+    flags.to_be_bytes().to_vec()
+}
+
+fn fixed() -> Vec<u8> {
+    client_flags(NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES)
+}
+
+fn option(option: u32, data: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(data.len()).unwrap();
+    [&IHAVEOPT.to_be_bytes()[..], &option.to_be_bytes(), &len.to_be_bytes(), data].concat()
+}
+
+fn info(kind: u32, name: &str, wanted: &[u16]) -> Vec<u8> {
+    option(kind, &info_data(name.as_bytes(), wanted))
+}
+
+fn info_data(name: &[u8], wanted: &[u16]) -> Vec<u8> {
+    let mut data = u32::try_from(name.len()).unwrap().to_be_bytes().to_vec();
+    data.extend_from_slice(name);
+    data.extend_from_slice(&u16::try_from(wanted.len()).unwrap().to_be_bytes());
+    data.extend(wanted.iter().flat_map(|info| info.to_be_bytes()));
+    data
+}
+
+/// Takes the replies apart: (option, reply, data).
+fn replies(mut sent: &[u8]) -> Vec<(u32, u32, Vec<u8>)> {
+    let word = |at: usize, sent: &[u8]| u32::from_be_bytes(sent[at..at + 4].try_into().unwrap());
+    let mut found = Vec::new();
+    while !sent.is_empty() {
+        assert_eq!(sent[..8], NBD_REP_MAGIC.to_be_bytes());
+        let len = word(16, sent) as usize;
+        found.push((word(8, sent), word(12, sent), sent[20..20 + len].to_vec()));
+        sent = &sent[20 + len..];
+    }
+    found
+}
+
+/// The replies to one option in a fixed newstyle session, and that the session goes on after it.
+fn replies_to(bytes: &[u8], exports: &dyn Exports) -> Vec<(u32, u32, Vec<u8>)> {
+    let outcome = feed(&[&fixed(), bytes].concat(), exports);
+    assert_eq!(outcome.progress, Progress::Continue);
+    let again = feed(&[&fixed(), bytes, &info(NBD_OPT_GO, "vol0", &[])].concat(), exports);
+    assert!(matches!(again.progress, Progress::Transmission(_)), "the session goes on");
+    assert_eq!(again.left, 0);
+    replies(&outcome.sent)
+}
+
+fn assert_refused(bytes: &[u8], option: u32, reply: u32, text: &str) {
+    let replies = replies_to(bytes, &ALL);
+    assert_eq!(replies.len(), 1);
+    assert_eq!((replies[0].0, replies[0].1), (option, reply));
+    let said = std::str::from_utf8(&replies[0].2).unwrap();
+    assert!(said.contains(text), "{said}");
+}
+
+fn export_reply() -> Vec<u8> {
+    let flags = ExportInfo::new("vol0", SIZE).transmission_flags();
+    [&NBD_INFO_EXPORT.to_be_bytes()[..], &SIZE.to_be_bytes(), &flags.to_be_bytes()].concat()
+}
+
+#[test]
+fn the_greeting_is_fixed_newstyle_without_zeroes() {
+    let mut out = Vec::new();
+    let machine = Negotiation::new(&mut out);
+    assert_eq!(out, b"NBDMAGICIHAVEOPT\x00\x03");
+    assert_eq!(machine.wants(), Want::Bytes(4));
+}
+
+#[test]
+fn the_transmission_flags_are_those_that_are_kept() {
+    let flags = ExportInfo::new("vol0", SIZE).transmission_flags();
+    assert_eq!(flags, 0b1_0110_1101, "HAS_FLAGS FLUSH FUA TRIM WRITE_ZEROES CAN_MULTI_CONN");
+}
+
+#[test]
+fn client_flags_that_were_not_offered_close() {
+    for flags in [1 << 2, 1 << 31, u32::MAX] {
+        let outcome = feed(&client_flags(flags), &ALL);
+        assert_eq!(outcome.progress, Progress::Close(CloseReason::UnknownFlags(flags)));
+        assert!(outcome.sent.is_empty());
+    }
+}
+
+#[test]
+fn export_name_answers_with_and_without_zeroes() {
+    for (flags, zeroes) in [(0, 124), (NBD_FLAG_C_FIXED_NEWSTYLE, 124), (NBD_FLAG_C_NO_ZEROES, 0), (3, 0)] {
+        let outcome = feed(&[client_flags(flags), option(NBD_OPT_EXPORT_NAME, b"vol0")].concat(), &ALL);
+        assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE)));
+        let mut expected = export_reply()[2..].to_vec();
+        expected.resize(expected.len() + zeroes, 0);
+        assert_eq!(outcome.sent, expected);
+    }
+}
+
+#[test]
+fn export_name_can_only_be_refused_by_closing() {
+    let long = vec![b'x'; STRING_BYTES_MAX + 1];
+    let too_long = vec![b'x'; OPTION_BYTES_MAX as usize + 1];
+    for name in [&b"none"[..], b"away", b"late", b"", b"\xff", b"vol0\0", &long, &too_long] {
+        let outcome = feed(&[fixed(), option(NBD_OPT_EXPORT_NAME, name)].concat(), &ALL);
+        assert!(matches!(outcome.progress, Progress::Close(_)));
+        assert!(outcome.sent.is_empty(), "{name:?}");
+    }
+}
+
+#[test]
+fn go_enters_transmission_and_reads_nothing_behind_it() {
+    let request = RequestHeader { flags: 0, command: NBD_CMD_FLUSH, handle: 1, offset: 0, len: 0 }.encode();
+    let input = [&fixed()[..], &info(NBD_OPT_GO, "vol0", &[]), &request].concat();
+    let outcome = feed(&input, &ALL);
+    assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE)));
+    assert_eq!(outcome.left, REQUEST_LEN);
+    let expected = [(NBD_OPT_GO, NBD_REP_INFO, export_reply()), (NBD_OPT_GO, NBD_REP_ACK, Vec::new())];
+    assert_eq!(replies(&outcome.sent), expected);
+}
+
+#[test]
+fn info_gives_what_is_asked_for_and_ignores_what_it_does_not_know() {
+    let wanted =
+        [NBD_INFO_BLOCK_SIZE, 77, NBD_INFO_NAME, NBD_INFO_DESCRIPTION, NBD_INFO_EXPORT, NBD_INFO_NAME];
+    let replies = replies_to(&info(NBD_OPT_INFO, "vol0", &wanted), &ALL);
+    let mut block_size = NBD_INFO_BLOCK_SIZE.to_be_bytes().to_vec();
+    for size in [1u32, 4096, 32 << 20] {
+        block_size.extend_from_slice(&size.to_be_bytes());
+    }
+    let text = ExportInfo::new("vol0", SIZE).description();
+    let expected = [
+        (NBD_OPT_INFO, NBD_REP_INFO, export_reply()),
+        (NBD_OPT_INFO, NBD_REP_INFO, [&NBD_INFO_NAME.to_be_bytes(), &b"vol0"[..]].concat()),
+        (NBD_OPT_INFO, NBD_REP_INFO, [&NBD_INFO_DESCRIPTION.to_be_bytes(), text.as_bytes()].concat()),
+        (NBD_OPT_INFO, NBD_REP_INFO, block_size),
+        (NBD_OPT_INFO, NBD_REP_ACK, Vec::new()),
+    ];
+    assert_eq!(replies, expected);
+}
+
+#[test]
+fn exports_that_are_not_served_are_refused_with_the_reason() {
+    for kind in [NBD_OPT_INFO, NBD_OPT_GO] {
+        assert_refused(&info(kind, "away", &[]), kind, NBD_REP_ERR_POLICY, POLICY_TEXT);
+        assert_refused(&info(kind, "none", &[]), kind, NBD_REP_ERR_UNKNOWN, "\"none\"");
+        assert_refused(&info(kind, "late", &[]), kind, NBD_REP_ERR_SHUTDOWN, "stopping");
+    }
+}
+
+#[test]
+fn the_empty_name_means_the_only_volume() {
+    for kind in [NBD_OPT_INFO, NBD_OPT_GO] {
+        let one = feed(&[fixed(), info(kind, "", &[NBD_INFO_NAME])].concat(), &Fixed(&["vol0"]));
+        let replies = replies(&one.sent);
+        assert_eq!(replies.last().unwrap().1, NBD_REP_ACK);
+        assert_eq!(replies[1].2, b"\x00\x01vol0");
+        assert_refused(&info(kind, "", &[]), kind, NBD_REP_ERR_UNKNOWN, "3 volumes");
+        let none = feed(&[fixed(), info(kind, "", &[])].concat(), &Fixed(&[]));
+        assert_eq!(none.progress, Progress::Continue);
+    }
+    let outcome = feed(&[fixed(), option(NBD_OPT_EXPORT_NAME, b"")].concat(), &Fixed(&["vol0"]));
+    assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE)));
+    let outcome = feed(&[fixed(), option(NBD_OPT_EXPORT_NAME, b"")].concat(), &ALL);
+    assert!(matches!(outcome.progress, Progress::Close(CloseReason::ExportNameRefused { .. })));
+}
+
+#[test]
+fn malformed_info_requests_are_invalid() {
+    let good = info_data(b"vol0", &[NBD_INFO_NAME]);
+    let mut cases: Vec<Vec<u8>> = (0..good.len()).map(|len| good[..len].to_vec()).collect();
+    cases.push([&good[..], &[0]].concat());
+    cases.push([&good[..], &[0, 1]].concat());
+    cases.push(info_data(b"\xff\xfe", &[]));
+    cases.push(info_data(b"vol0\0", &[]));
+    cases.push(info_data(&vec![b'x'; STRING_BYTES_MAX + 1], &[]));
+    cases.push([&u32::MAX.to_be_bytes()[..], b"vol0", &[0, 0]].concat());
+    for data in cases {
+        for kind in [NBD_OPT_INFO, NBD_OPT_GO] {
+            assert_refused(&option(kind, &data), kind, NBD_REP_ERR_INVALID, "");
+        }
+    }
+}
+
+#[test]
+fn the_longest_name_passes() {
+    let name = "x".repeat(STRING_BYTES_MAX);
+    let bytes = info(NBD_OPT_INFO, &name, &[0; 100]);
+    assert_refused(&bytes, NBD_OPT_INFO, NBD_REP_ERR_UNKNOWN, "xxx");
+}
+
+#[test]
+fn list_names_all_volumes_and_takes_no_data() {
+    let replies = replies_to(&option(NBD_OPT_LIST, &[]), &ALL);
+    let expected = [
+        (NBD_OPT_LIST, NBD_REP_SERVER, b"\0\0\0\x04vol0".to_vec()),
+        (NBD_OPT_LIST, NBD_REP_SERVER, b"\0\0\0\x04away".to_vec()),
+        (NBD_OPT_LIST, NBD_REP_SERVER, b"\0\0\0\x04late".to_vec()),
+        (NBD_OPT_LIST, NBD_REP_ACK, Vec::new()),
+    ];
+    assert_eq!(replies, expected);
+    assert_refused(&option(NBD_OPT_LIST, b"x"), NBD_OPT_LIST, NBD_REP_ERR_INVALID, "no data");
+}
+
+#[test]
+fn abort_is_acknowledged_with_and_without_data() {
+    for data in [&b""[..], b"ignored"] {
+        let outcome = feed(&[fixed(), option(NBD_OPT_ABORT, data)].concat(), &ALL);
+        assert_eq!(outcome.progress, Progress::Close(CloseReason::Aborted));
+        assert_eq!(replies(&outcome.sent), [(NBD_OPT_ABORT, NBD_REP_ACK, Vec::new())]);
+    }
+}
+
+#[test]
+fn other_options_are_unsupported_and_the_session_goes_on() {
+    let options = [
+        0,
+        4,
+        NBD_OPT_STARTTLS,
+        NBD_OPT_STRUCTURED_REPLY,
+        NBD_OPT_LIST_META_CONTEXT,
+        NBD_OPT_SET_META_CONTEXT,
+        NBD_OPT_EXTENDED_HEADERS,
+        12,
+        0x7fff_ffff,
+        u32::MAX,
+    ];
+    for kind in options {
+        for len in [0, 1, 100, 70_000, OPTION_DRAIN_MAX as usize] {
+            assert_refused(&option(kind, &vec![7; len]), kind, NBD_REP_ERR_UNSUP, "does not support");
+        }
+    }
+}
+
+#[test]
+fn data_that_is_too_long_is_drained_up_to_a_limit() {
+    for kind in [NBD_OPT_LIST, NBD_OPT_INFO, NBD_OPT_GO, NBD_OPT_ABORT] {
+        for len in [OPTION_BYTES_MAX as usize + 1, OPTION_DRAIN_MAX as usize] {
+            assert_refused(&option(kind, &vec![0; len]), kind, NBD_REP_ERR_TOO_BIG, "longer");
+        }
+    }
+    for kind in [NBD_OPT_GO, NBD_OPT_EXPORT_NAME, 99] {
+        for len in [OPTION_DRAIN_MAX + 1, u32::MAX] {
+            let header = [&IHAVEOPT.to_be_bytes()[..], &kind.to_be_bytes(), &len.to_be_bytes()].concat();
+            let outcome = feed(&[fixed(), header].concat(), &ALL);
+            assert_eq!(outcome.progress, Progress::Close(CloseReason::OptionTooLong { option: kind, len }));
+        }
+    }
+}
+
+#[test]
+fn an_option_without_its_magic_closes() {
+    let mut bytes = option(NBD_OPT_LIST, &[]);
+    bytes[7] ^= 1;
+    let outcome = feed(&[fixed(), bytes].concat(), &ALL);
+    assert_eq!(outcome.progress, Progress::Close(CloseReason::BadMagic(IHAVEOPT ^ 1)));
+}
+
+#[test]
+fn a_client_without_fixed_newstyle_can_only_name_an_export() {
+    let outcome = feed(&[client_flags(0), info(NBD_OPT_GO, "vol0", &[])].concat(), &ALL);
+    assert_eq!(outcome.progress, Progress::Close(CloseReason::NotFixedNewstyle(NBD_OPT_GO)));
+}
+
+#[test]
+fn options_without_end_are_ended() {
+    let mut input = fixed();
+    for _ in 0..OPTIONS_MAX {
+        input.extend(option(NBD_OPT_LIST, &[]));
+    }
+    assert_eq!(feed(&input, &ALL).progress, Progress::Continue);
+    input.extend(option(NBD_OPT_LIST, &[]));
+    assert_eq!(feed(&input, &ALL).progress, Progress::Close(CloseReason::TooManyOptions));
+}
+
+#[test]
+fn a_refusal_longer_than_a_string_may_be_is_cut() {
+    struct Wordy;
+    impl Exports for Wordy {
+        fn list(&self) -> Vec<String> {
+            vec!["y".repeat(STRING_BYTES_MAX + 1), "short".into()]
+        }
+        fn open(&self, _: &str) -> Result<ExportInfo, ExportRefusal> {
+            Err(ExportRefusal::Policy(format!("x{}", "\u{e9}".repeat(STRING_BYTES_MAX))))
+        }
+        fn attach(&self, _: &str, _: Attached) {}
+    }
+    let outcome = feed(&[fixed(), info(NBD_OPT_GO, "v", &[]), option(NBD_OPT_LIST, &[])].concat(), &Wordy);
+    let replies = replies(&outcome.sent);
+    assert_eq!(std::str::from_utf8(&replies[0].2).unwrap().len(), STRING_BYTES_MAX - 1);
+    assert_eq!(replies[1].2, b"\0\0\0\x05short");
+    assert_eq!(replies.len(), 3);
+}
+
+fn any_option() -> impl Strategy<Value = Vec<u8>> {
+    let data = prop_oneof![
+        proptest::collection::vec(any::<u8>(), 0..64),
+        ("(vol0|away|late|none|)", proptest::collection::vec(0u16..5, 0..4))
+            .prop_map(|(name, wanted)| info_data(name.as_bytes(), &wanted)),
+    ];
+    (0u32..13, data).prop_map(|(kind, data)| option(kind, &data))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn random_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
+        feed(&bytes, &ALL);
+        feed(&[&fixed(), &bytes[..]].concat(), &ALL);
+    }
+
+    #[test]
+    fn any_options_in_any_order_get_their_replies(options in proptest::collection::vec(any_option(), 0..12)) {
+        let outcome = feed(&[fixed(), options.concat()].concat(), &ALL);
+        if outcome.progress == Progress::Continue {
+            prop_assert_eq!(outcome.left, 0);
+            let is_final = |r: &&(u32, u32, Vec<u8>)| ![NBD_REP_INFO, NBD_REP_SERVER].contains(&r.1);
+            let finals = replies(&outcome.sent).iter().filter(is_final).count();
+            prop_assert_eq!(finals, options.len(), "each option has exactly one final reply");
+        }
+    }
+}

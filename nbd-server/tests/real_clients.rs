@@ -1,0 +1,177 @@
+//! Other people's clients against the server. A client that is not installed is printed as skipped.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+mod common;
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::Arc;
+
+use blkrepl_nbd::ExportRefusal;
+use common::{Manner, Memory, TestServer, Volume, pattern};
+
+const SIZE: usize = 32 << 20;
+
+/// Runs a program; `None` (and a line that says so) if it is not installed.
+fn run(program: &str, args: &[&str]) -> Option<Output> {
+    match Command::new(program).args(args).output() {
+        Ok(output) => Some(output),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            println!("SKIPPED: {program} is not installed");
+            None
+        }
+        Err(e) => panic!("{program}: {e}"),
+    }
+}
+
+fn run_ok(program: &str, args: &[&str]) -> Option<String> {
+    let output = run(program, args)?;
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{program} {args:?}: {text}");
+    Some(text)
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().expect("a temporary directory has a name in UTF-8")
+}
+
+#[test]
+fn nbdinfo_sees_the_export_and_the_refusal() {
+    let volume = Volume::new(SIZE, Manner::InOrder);
+    let text = "volume away: n2 is primary, at nbd://10.0.0.2:10809/away";
+    let refusals = [("away".to_owned(), ExportRefusal::Policy(text.into()))].into();
+    let server =
+        TestServer::start(Arc::new(Memory { volumes: [("vol0".to_owned(), volume)].into(), refusals }));
+    let Some(info) = run_ok("nbdinfo", &[&server.unix("vol0").to_string()]) else { return };
+    for expected in [
+        "protocol: newstyle-fixed without TLS, using simple packets",
+        "export-size: 33554432",
+        "is_read_only: false",
+        "can_flush: true",
+        "can_fua: true",
+        "can_trim: true",
+        "can_zero: true",
+        "can_multi_conn: true",
+        "block_size_minimum: 1",
+        "block_size_preferred: 4096",
+        "block_size_maximum: 33554432",
+        "uri: nbd+unix:///vol0?socket=",
+    ] {
+        assert!(info.contains(expected), "{expected} in\n{info}");
+    }
+    assert!(run_ok("nbdinfo", &[&server.tcp("vol0").to_string()]).is_some());
+    let away = server.unix("away").to_string();
+    // libnbd tells the server's words only in its debug output.
+    let refused = run("env", &["LIBNBD_DEBUG=1", "nbdinfo", &away]).unwrap();
+    assert!(!refused.status.success());
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(said.contains(text), "{said}");
+}
+
+#[test]
+fn qemu_tells_its_user_who_is_primary() {
+    let text = "volume away: n2 is primary, at nbd://10.0.0.2:10809/away";
+    let refusals = [("away".to_owned(), ExportRefusal::Policy(text.into()))].into();
+    let server = TestServer::start(Arc::new(Memory { refusals, ..Memory::default() }));
+    let Some(refused) = run("qemu-img", &["info", &server.unix("away").to_string()]) else { return };
+    assert!(!refused.status.success());
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(said.contains(text), "{said}");
+}
+
+#[test]
+fn nbdinfo_lists_the_exports() {
+    let volume = Volume::new(SIZE, Manner::InOrder);
+    let server = TestServer::start(Memory::of([("vol0", &volume), ("vol1", &volume)]));
+    let Some(list) = run_ok("nbdinfo", &["--list", &server.unix("").to_string()]) else { return };
+    assert!(list.contains("export=\"vol0\"") && list.contains("export=\"vol1\""), "{list}");
+}
+
+#[test]
+fn nbdcopy_brings_a_file_in_and_out() {
+    let volume = Volume::new(SIZE, Manner::Reversed(1));
+    let server = TestServer::start(Memory::one(&volume));
+    let mut content = pattern(11, SIZE);
+    content[4 << 20..12 << 20].fill(0);
+    let (source, back) = (server.dir.path().join("in"), server.dir.path().join("out"));
+    std::fs::write(&source, &content).unwrap();
+    let uri = server.unix("vol0").to_string();
+    if run_ok("nbdcopy", &["--flush", path(&source), &uri]).is_none() {
+        return;
+    }
+    assert!(*volume.data.lock().unwrap() == content);
+    run_ok("nbdcopy", &[&server.tcp("vol0").to_string(), path(&back)]);
+    assert!(std::fs::read(&back).unwrap() == content);
+}
+
+#[test]
+fn qemu_img_converts_and_compares() {
+    let volume = Volume::new(SIZE, Manner::InOrder);
+    let server = TestServer::start(Memory::one(&volume));
+    let mut content = pattern(12, SIZE);
+    content[1 << 20..9 << 20].fill(0);
+    let source = server.dir.path().join("in");
+    std::fs::write(&source, &content).unwrap();
+    let uri = server.unix("vol0").to_string();
+    if run_ok("qemu-img", &["convert", "-n", "-f", "raw", "-O", "raw", path(&source), &uri]).is_none() {
+        return;
+    }
+    assert!(*volume.data.lock().unwrap() == content);
+    let same = run_ok("qemu-img", &["compare", "-f", "raw", "-F", "raw", path(&source), &uri]).unwrap();
+    assert!(same.contains("identical"), "{same}");
+}
+
+#[test]
+fn qemu_io_patterns_hold() {
+    let server = TestServer::start(Memory::one(&Volume::new(SIZE, Manner::InOrder)));
+    let uri = server.unix("vol0").to_string();
+    let commands = [
+        "write -P 0xa5 0 1M",
+        "write -P 0x5a 513 4097",
+        "read -P 0x5a 513 4097",
+        "read -P 0xa5 8192 4096",
+        "write -z 65536 65536",
+        "read -P 0 65536 65536",
+        "write -f -P 0x11 1M 64k",
+        "discard 1M 64k",
+        "read -P 0 1M 64k",
+        "flush",
+    ];
+    let mut args = vec!["-f", "raw", "-t", "none", "-d", "unmap"];
+    for command in &commands {
+        args.extend(["-c", command]);
+    }
+    args.push(&uri);
+    let Some(text) = run_ok("qemu-io", &args) else { return };
+    assert!(!text.contains("verification failed") && !text.contains("error"), "{text}");
+}
+
+#[test]
+fn fio_verifies_what_it_wrote() {
+    let server = TestServer::start(Memory::one(&Volume::new(SIZE, Manner::InOrder)));
+    let uri = format!("--uri={}", server.unix("vol0"));
+    let args = [
+        "--name=job",
+        "--ioengine=nbd",
+        &uri,
+        "--rw=randwrite",
+        "--bsrange=512-65536",
+        "--iodepth=32",
+        "--size=16m",
+        "--verify=crc32c",
+        "--do_verify=1",
+        "--fsync=64",
+        "--verify_state_save=0",
+    ];
+    let Some(output) = run("fio", &args) else { return };
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    if text.contains("engine nbd not loadable") {
+        println!("SKIPPED: fio has no nbd engine here");
+        return;
+    }
+    assert!(output.status.success(), "{text}");
+    assert!(!text.contains("verify: bad"), "{text}");
+}
