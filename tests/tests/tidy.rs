@@ -66,7 +66,9 @@ impl Source {
     fn is_test_file(&self) -> bool {
         let name = self.name();
         let parts: Vec<&str> = name.trim_end_matches(".rs").split('/').collect();
-        let test = |part: &&str| *part == "tests" || part.ends_with("_test") || part.ends_with("_tests");
+        let test = |part: &&str| {
+            *part == "tests" || *part == "testing" || part.ends_with("_test") || part.ends_with("_tests")
+        };
         parts.iter().any(test) || parts.first() == Some(&"benches")
     }
 
