@@ -346,6 +346,20 @@ impl Cluster {
         Ok(self.pid(&entry).is_some_and(|pid| proc::pid_runs(pid, &needle(&entry))))
     }
 
+    /// Bytes of memory that a node's process has resident.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn resident_bytes(&self, node: &str) -> Result<u64> {
+        let entry = self.node(node)?;
+        let pid = self.pid(&entry).ok_or_else(|| anyhow!("{node} has no pid"))?;
+        let status =
+            fs::read_to_string(format!("/proc/{pid}/status")).context("read the process's status")?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());
+        kib.map(|kib| kib << 10).ok_or_else(|| anyhow!("no VmRSS of pid {pid}"))
+    }
+
     /// Sends a signal to a node's process.
     ///
     /// # Errors

@@ -116,6 +116,13 @@ fn outage_with_default_timing_is_measured() {
             cluster.wait_in_sync(SYNC_LIMIT)?;
             verifier.verify()?;
         }
+        for node in cluster.nodes()? {
+            let mib = cluster.resident_bytes(&node.name)? as f64 / f64::from(1 << 20);
+            measured(
+                "resident",
+                &format!("{} ({}): {mib:.1} MiB (aim for a witness: 30)", node.name, node.kind),
+            );
+        }
         Ok(())
     });
 }
