@@ -605,7 +605,16 @@ impl Cluster {
     }
 
     fn timing(&self) -> String {
-        self.options.lease_ms.map(|ms| format!("[timing]\nlease_ms = {ms}\n\n")).unwrap_or_default()
+        let Some(lease) = self.options.lease_ms else {
+            return String::new();
+        };
+        // The other times keep their proportions to the lease: 1500, 400, 100, 400 and 800 by default.
+        let part = |of_default: u64| lease * of_default / 1500;
+        let (renew, heartbeat, shortest, longest) = (part(400), part(100), part(400), part(800));
+        format!(
+            "[timing]\nlease_ms = {lease}\nrenew_ms = {renew}\nheartbeat_ms = {heartbeat}\n\
+             election_min_ms = {shortest}\nelection_max_ms = {longest}\n\n"
+        )
     }
 }
 

@@ -74,7 +74,7 @@ fn one_round(name: &str, cluster: &mut Cluster, verifiers: &mut [Verifier; 2], v
     partial.verify()?;
     cluster.wait_in_sync(SYNC_LIMIT)?;
     cluster.compare_replicas()?;
-    let outage = report.outage_max.max(partial_report.outage_max);
+    let outage = report.stall_max.max(partial_report.stall_max);
     step(name, &format!("{victim} killed, {} acknowledged, {} unknown", report.acked, report.unknown));
     measured(name, &format!("outage {}, 200 more requests after {}", human(outage), human(back_in_service)));
     Ok(())
@@ -110,7 +110,7 @@ fn outage_with_default_timing_is_measured() {
             let report = load.stop()?;
             measured(
                 "default_outage",
-                &format!("service again after {} (aim: 3 s)", human(report.outage_max)),
+                &format!("service again after {} (aim: 3 s)", human(report.stall_max)),
             );
             cluster.restart(&victim)?;
             cluster.wait_in_sync(SYNC_LIMIT)?;

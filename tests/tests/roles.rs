@@ -141,7 +141,7 @@ fn move_stalls_clients_briefly_and_loses_nothing() {
             let status = cluster.wait_in_sync(SYNC_LIMIT)?;
             let report = load.stop()?;
             ensure!(status.primary.as_deref() == Some(&to), "primary is {:?}, expected {to}", status.primary);
-            let stall = human(report.outage_max);
+            let stall = human(report.stall_max);
             measured(
                 "move",
                 &format!("clients stalled {stall} (aim: 200 ms), command took {}", human(command)),

@@ -29,7 +29,7 @@ fn lose_one(cluster: &mut Cluster, verifier: &mut Verifier, victim: &str) -> Res
     if was_primary {
         ensure!(status.primary.as_deref() != Some(victim), "{victim} took its old role back");
     }
-    measured("three_replicas", &format!("{victim} killed: outage {}", human(report.outage_max)));
+    measured("three_replicas", &format!("{victim} killed: outage {}", human(report.stall_max)));
     verifier.verify()?;
     cluster.compare_replicas()
 }

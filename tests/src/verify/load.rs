@@ -106,7 +106,6 @@ pub(super) struct Worker {
     dangling: BTreeMap<u64, Vec<usize>>,
     report: LoadReport,
     last_answer: Instant,
-    broken_since: Option<Instant>,
 }
 
 /// Why a worker's turn ended.
@@ -146,7 +145,6 @@ impl Worker {
             dangling: BTreeMap::new(),
             report: LoadReport::default(),
             last_answer: Instant::now(),
-            broken_since: None,
         }
     }
 
@@ -269,10 +267,8 @@ impl Worker {
         for unit in op.units() {
             self.busy.remove(&unit);
         }
+        self.report.stall_max = self.report.stall_max.max(self.last_answer.elapsed());
         self.last_answer = Instant::now();
-        if let Some(since) = self.broken_since.take() {
-            self.report.outage_max = self.report.outage_max.max(since.elapsed());
-        }
         match answer.result {
             Err(error) => {
                 self.report.errors.push(format!("{:?} of units {:?}: {error}", op.kind, op.units()));
@@ -338,7 +334,6 @@ impl Worker {
     /// The connection broke: every open request may or may not have taken effect; writes are replayed
     /// as new operations, before anything else touches their units.
     fn give_up_open(&mut self) {
-        self.broken_since.get_or_insert(self.last_answer);
         let open = std::mem::take(&mut self.open);
         self.busy.clear();
         for op in open.into_values() {

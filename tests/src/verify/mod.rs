@@ -108,8 +108,8 @@ pub struct LoadReport {
     pub unknown: u64,
     /// Connections made.
     pub connects: u64,
-    /// Longest time from the last answer on a broken connection to the first on the next.
-    pub outage_max: Duration,
+    /// Longest time that a worker went without an answer, reconnects included.
+    pub stall_max: Duration,
     /// Error replies of the volume, with what they answered.
     pub errors: Vec<String>,
 }
@@ -290,7 +290,7 @@ impl Running<'_> {
             report.acked += end.report.acked;
             report.unknown += end.report.unknown;
             report.connects += end.report.connects;
-            report.outage_max = report.outage_max.max(end.report.outage_max);
+            report.stall_max = report.stall_max.max(end.report.stall_max);
             report.errors.extend(end.report.errors);
             self.verifier.models[index] = end.models;
             self.verifier.histories.push(end.history);
