@@ -37,11 +37,11 @@ pub fn scenario(
     let started = Instant::now();
     let mut cluster = match make() {
         Ok(cluster) => cluster,
-        Err(reason) => fail(name, None, &format!("{reason:?}")),
+        Err(reason) => fail(name, None, &told(&reason)),
     };
     match catch_unwind(AssertUnwindSafe(|| body(&mut cluster))) {
         Ok(Ok(())) => {}
-        Ok(Err(reason)) => fail(name, Some(&cluster), &format!("{reason:?}")),
+        Ok(Err(reason)) => fail(name, Some(&cluster), &told(&reason)),
         Err(panic) => {
             let text = panic.downcast_ref::<String>().cloned();
             let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
@@ -50,9 +50,15 @@ pub fn scenario(
         }
     }
     if let Err(reason) = cluster.stop() {
-        fail(name, Some(&cluster), &format!("{reason:?}"));
+        fail(name, Some(&cluster), &told(&reason));
     }
     step(name, &format!("passed in {}", human(started.elapsed())));
+}
+
+/// The error and what caused it, a line each, without the backtrace that anyhow would add.
+fn told(reason: &anyhow::Error) -> String {
+    let lines: Vec<String> = reason.chain().map(ToString::to_string).collect();
+    lines.join("\n  because: ")
 }
 
 fn fail(name: &str, cluster: Option<&Cluster>, text: &str) -> ! {

@@ -156,8 +156,8 @@ fn commands_against_a_cluster_run() {
             let Some(kind) = kind(&command) else { bail!("unknown command {command}") };
             step("readme", &command);
             let ready = command
-                .replace(EXAMPLE_BINARY, &blkrepl()?.display().to_string())
-                .replace(EXAMPLE_DIR, &cluster.dir().display().to_string());
+                .replace(EXAMPLE_DIR, &cluster.dir().display().to_string())
+                .replace(EXAMPLE_BINARY, &blkrepl()?.display().to_string());
             match kind {
                 Kind::Alone | Kind::TestsRun => {}
                 Kind::Dev => check_dev(cluster, &command)?,
