@@ -110,6 +110,7 @@ impl Replica {
             for slot in joined {
                 if let Some(bitmap) = self.store.dirty_mut(slot) {
                     bitmap.clear_all();
+                    self.suspects.clear(slot);
                 }
             }
         }

@@ -118,6 +118,7 @@ impl Replica {
             }
             bitmap.set_range(run.start, run.count);
         }
+        self.suspects.suspect_all(slot);
     }
 
     pub(super) fn join_flush_asked(&mut self, session: SessionId, reign: Reign, id: u64, through: WriteSeq) {
@@ -136,6 +137,7 @@ impl Replica {
         for slot in slots {
             if let Some(bitmap) = self.store.dirty_mut(slot) {
                 bitmap.clear_all();
+                self.suspects.clear(slot);
             }
         }
     }

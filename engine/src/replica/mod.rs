@@ -14,7 +14,7 @@
 //! | file | concern |
 //! |---|---|
 //! | `io` | inputs and outputs |
-//! | `range_lock`, `meta_store`, `intent`, `flusher` | the pieces, each testable alone |
+//! | `range_lock`, `meta_store`, `intent`, `suspects`, `flusher` | the pieces, each testable alone |
 //! | `config`, `takeover`, `membership`, `hold` | roles, promotion, who is in sync, planned changes |
 //! | `client`, `write`, `read`, `flush` | the primary's request path |
 //! | `follow`, `join` | the secondary's and the resync target's side |
@@ -43,6 +43,7 @@ mod range_lock;
 mod read;
 mod resync;
 mod status;
+mod suspects;
 mod takeover;
 #[cfg(test)]
 mod testing;
@@ -71,6 +72,7 @@ use intent::IntentBook;
 use meta_store::MetaStore;
 use peer::Peer;
 use primary::Primary;
+use suspects::Suspects;
 
 /// How often the core wants `handle_tick` at least.
 pub const TICK: Duration = Duration::from_millis(50);
@@ -109,6 +111,7 @@ pub struct Replica {
     lease: Option<Lease>,
     store: MetaStore,
     intents: IntentBook,
+    suspects: Suspects,
     disk: DiskBook,
     flusher: Flusher,
     peers: BTreeMap<NodeId, Peer>,
@@ -156,6 +159,7 @@ impl Replica {
             lease: None,
             store,
             intents,
+            suspects: Suspects::default(),
             disk: DiskBook::new(),
             flusher: Flusher::new(),
             peers: BTreeMap::new(),
@@ -171,6 +175,11 @@ impl Replica {
             next_tick: boot.now,
             out: VecDeque::new(),
         };
+        for slot in replica.store.slots() {
+            if replica.store.dirty(slot).is_some_and(|b| !b.is_empty()) {
+                replica.suspects.suspect_all(slot);
+            }
+        }
         replica.mark_intents_for_all();
         // The clean mark goes durably before the first write: nothing is written before the superblock
         // version of the first config or resync mark is durable, and that is no older than this one. A
@@ -380,6 +389,7 @@ impl Replica {
             let blocks = self.geometry.blocks_of_region(region);
             if let Some(bitmap) = self.store.dirty_mut(slot) {
                 bitmap.set_range(blocks.start.0, blocks.count);
+                self.suspects.insert(slot, region);
             }
         }
         self.intents.reconsider_clears();

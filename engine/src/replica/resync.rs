@@ -23,6 +23,7 @@ use crate::meta::PagedBitmap;
 use super::Replica;
 use super::chunk::{Chunk, ChunkId};
 use super::io::Event;
+use super::suspects::Suspect;
 
 /// Bytes of live writes that a target may leave unanswered before further ones are not sent to it (their
 /// bits stay set). Inside the ack set there is no such limit: it is waited for.
@@ -55,8 +56,8 @@ pub(super) struct Target {
     pub(super) member: bool,
     pub(super) phase: TargetPhase,
     everything: bool,
-    /// Regions whose bits come from an intent map: compared, not copied.
-    compare: BTreeSet<RegionIndex>,
+    /// Regions whose bits may say too much: compared before they are copied.
+    compare: Suspect,
     pub(super) cursor: u64,
     pub(super) chunks: BTreeMap<ChunkId, Chunk>,
     pub(super) requests: BTreeMap<u64, (ChunkId, BlockRange)>,
@@ -76,7 +77,7 @@ impl Target {
     }
 
     pub(super) fn compares(&self, region: RegionIndex) -> bool {
-        self.everything || self.compare.contains(&region)
+        self.everything || self.compare.contains(region)
     }
 
     fn copies(&self) -> bool {
@@ -189,17 +190,19 @@ impl Replica {
         let (slot, theirs) = (peer.slot, peer.intents.clone());
         let Some(incarnation) = peer.session.map(|s| s.incarnation) else { return };
         let regions = self.geometry.regions();
-        let mut compare: BTreeSet<RegionIndex> = self.intents.regions().into_iter().collect();
+        let mut intents: BTreeSet<RegionIndex> = self.intents.regions().into_iter().collect();
         for run in theirs {
             let end = run.start.saturating_add(run.count).min(regions);
-            compare.extend((run.start..end).map(RegionIndex));
+            intents.extend((run.start..end).map(RegionIndex));
         }
-        let (geometry, intents) = (self.geometry, compare.clone());
+        let geometry = self.geometry;
+        let mut compare = self.suspects.of(slot);
         let Some(bitmap) = self.store.dirty_mut(slot) else { return };
         if everything {
             bitmap.set_all();
         }
         for region in intents {
+            compare.insert(region);
             let blocks = geometry.blocks_of_region(region);
             bitmap.set_range(blocks.start.0, blocks.count);
         }
