@@ -11,6 +11,9 @@ use super::io::ReplyData;
 use super::primary::{OpId, Round, Stage};
 use super::{INTENT_IDLE, Replica};
 
+/// Bitmap groups written per tick, when idle, only because bits were cleared.
+const CLEARED_GROUPS_PER_TICK: usize = 4;
+
 impl Replica {
     pub(super) fn pump_flush(&mut self) {
         self.pump_solo();
@@ -117,6 +120,10 @@ impl Replica {
             primary.flush_wanted |= unflushed && primary.serving();
         }
         self.clear_intents(false);
+        let idle = self.primary.as_ref().is_none_or(|p| p.ops.is_empty()) && self.following.is_idle();
+        if idle && self.failure.is_none() {
+            self.store.save_cleared(CLEARED_GROUPS_PER_TICK);
+        }
     }
 
     /// Clears the intent regions that may go [R5]: only as a named member, only what is stable on all of

@@ -169,6 +169,18 @@ impl MetaStore {
         tickets
     }
 
+    /// Asks for up to `count` groups to be written that differ from the disk by clears alone. Nobody waits
+    /// for them, but what stays set there makes a resync after a restart longer.
+    pub(super) fn save_cleared(&mut self, count: usize) {
+        let only_clears = |(slot, bitmap): (&ReplicaSlot, &PagedBitmap)| {
+            let groups: Vec<u32> =
+                bitmap.unsaved_groups().filter(|g| !bitmap.has_unsaved_sets(*g)).take(count).collect();
+            groups.into_iter().map(|group| GroupKey { area: slot.0 + 1, group }).collect::<Vec<_>>()
+        };
+        let keys: Vec<GroupKey> = self.dirty.iter().flat_map(only_clears).take(count).collect();
+        self.wanted.extend(keys);
+    }
+
     fn save(&mut self, key: GroupKey, unsaved: bool) -> Ticket {
         let encoded = self.groups.get(&key).map_or(0, |g| g.encoded);
         if unsaved {

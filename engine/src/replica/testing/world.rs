@@ -935,7 +935,10 @@ impl World {
     }
 
     pub(in super::super) fn all_in_sync(&self) -> bool {
-        let all = self.nodes.keys().all(|id| self.config.in_sync.contains(&self.member_now(*id)));
+        let all = self
+            .nodes
+            .iter()
+            .all(|(id, n)| n.replica.is_some() && self.config.in_sync.contains(&self.member_now(*id)));
         all && self.serving().is_some()
     }
 
