@@ -170,10 +170,12 @@ fn print(cli: &Cli, value: &impl Serialize, text: impl FnOnce() -> String) -> an
 /// Logs go to standard error; `BLKREPL_LOG` (as `RUST_LOG`: `info`, `blkrepl_engine=debug`) sets what is
 /// logged.
 fn set_up_log(default: &str) {
+    // openraft tells of every message to a node that is down; what an operator must know of it reaches the
+    // log through the control plane.
     let filter = std::env::var("BLKREPL_LOG")
         .ok()
         .and_then(|text| EnvFilter::try_new(text).ok())
-        .unwrap_or_else(|| EnvFilter::new(format!("{default},openraft=warn")));
+        .unwrap_or_else(|| EnvFilter::new(format!("{default},openraft=off")));
     let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
     // Only fails if a log is set up already, which then stays.
     let _already = tracing_subscriber::fmt()

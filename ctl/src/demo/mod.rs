@@ -166,7 +166,7 @@ impl Demo {
         let (mut before, mut after) = (0u64, 0u64);
         writer.run(|seen| {
             match seen {
-                Seen::InFlight { acked, total, .. } if killed.is_none() && acked >= total / 2 => {
+                Seen::InFlight { acked, total } if killed.is_none() && acked >= total / 2 => {
                     if !node_dir::signal(pid, Signal::KILL) {
                         bail!("cannot kill process {pid}");
                     }
@@ -185,7 +185,12 @@ impl Demo {
                         timeline.note(format!("{node} is primary and acknowledged the first replayed write"));
                     }
                 }
-                Seen::InFlight { .. } => {}
+                // A small file may be acknowledged as a whole before the kill; its flush is not.
+                Seen::Flushed { node } if node != first && again.is_none() => {
+                    again = Some((Instant::now(), node.to_string()));
+                    timeline.note(format!("{node} is primary and answered the flush"));
+                }
+                Seen::InFlight { .. } | Seen::Flushed { .. } => {}
             }
             Ok(())
         })?;

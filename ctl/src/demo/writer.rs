@@ -72,8 +72,6 @@ pub enum Seen<'a> {
         acked: u64,
         /// Chunks.
         total: u64,
-        /// The node that serves.
-        node: &'a str,
     },
     /// The connection ended.
     Lost,
@@ -81,6 +79,11 @@ pub enum Seen<'a> {
     Acked {
         /// Bytes of it.
         bytes: u64,
+        /// By which node.
+        node: &'a str,
+    },
+    /// Everything is acknowledged and flushed.
+    Flushed {
         /// By which node.
         node: &'a str,
     },
@@ -113,7 +116,7 @@ impl Writer<'_> {
         let total = self.len.div_ceil(chunk);
         let mut todo: VecDeque<u64> = (0..total).collect();
         let mut acked = 0;
-        while acked < total || !todo.is_empty() {
+        loop {
             let (node, mut client) = connect(self.targets, self.interrupt)?;
             let mut flying: BTreeMap<Handle, u64> = BTreeMap::new();
             let end = loop {
@@ -123,13 +126,15 @@ impl Writer<'_> {
                 if let Err(error) = self.fill(&mut client, chunk, &mut todo, &mut flying)? {
                     break error;
                 }
+                // Only a flush that the connection saw through ends it: what an earlier primary acknowledged
+                // is on the present one, too, and the flush makes it stable there.
                 if flying.is_empty() {
                     match client.flush() {
-                        Ok(()) => return Ok(()),
+                        Ok(()) => return seen(Seen::Flushed { node: &node }),
                         Err(error) => break error,
                     }
                 }
-                seen(Seen::InFlight { acked, total, node: &node })?;
+                seen(Seen::InFlight { acked, total })?;
                 match client.poll(Duration::from_millis(100)) {
                     Ok(Some(done)) => {
                         let Some(index) = flying.remove(&done.handle) else { continue };
@@ -160,7 +165,6 @@ impl Writer<'_> {
                 todo.push_front(index);
             }
         }
-        Ok(())
     }
 
     /// Puts requests in flight up to the window. The inner error is the connection's.

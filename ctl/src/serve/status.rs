@@ -195,6 +195,11 @@ impl Gathered<'_> {
         if let Some((_, why)) = blocked {
             return Some(format!("no replica can take over: {why}"));
         }
+        if self.leader.is_none() {
+            return Some(format!(
+                "{name} was primary; no Raft leader is known here, and without a quorum nothing is promoted: start the nodes that are down"
+            ));
+        }
         let gone: Vec<NodeId> =
             v.in_sync.iter().map(|m| m.node).filter(|n| !self.answers.contains_key(n)).collect();
         if gone.len() == v.in_sync.len() {
