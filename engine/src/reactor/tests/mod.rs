@@ -423,6 +423,7 @@ pub(super) fn superblock(geometry: Geometry) -> Superblock {
         reign: Reign(1),
         lineage: LineageId(3),
         member: Some(Incarnation { boot: 1, nonce: 1 }),
+        chain: Vec::new(),
         current: Incarnation { boot: 1, nonce: 1 },
         os_boot: 0,
         inconsistent: None,
