@@ -582,7 +582,7 @@ impl Cluster {
             fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
             plans.push(Plan {
                 id,
-                data: id < count,
+                data: id <= data_nodes,
                 name,
                 dir,
                 control: port()?,
@@ -733,5 +733,13 @@ mod tests {
             assert_eq!(value["cluster"].as_array().unwrap().len(), 4);
         }
         assert_eq!(cluster.witness().unwrap(), "n4");
+    }
+
+    #[test]
+    fn without_a_witness_every_node_holds_data() {
+        let options = ClusterOptions { witness: false, ..ClusterOptions::by_hand(1 << 20, 3) };
+        let cluster = Cluster::prepare(options).unwrap();
+        assert_eq!(cluster.data_nodes().unwrap().len(), 3);
+        assert!(cluster.witness().is_err());
     }
 }
