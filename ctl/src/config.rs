@@ -301,7 +301,8 @@ pub fn check_name(name: &str) -> Result<(), String> {
         || name.starts_with(['.', '-'])
     {
         return Err(format!(
-            "'{name}' is not a name: 1 to {NAME_BYTES_MAX} of A-Z a-z 0-9 - _ . are allowed, not starting with . or -"
+            "'{name}' is not a name: 1 to {NAME_BYTES_MAX} of A-Z a-z 0-9 - _ . are allowed, not starting \
+            with . or -"
         ));
     }
     Ok(())
@@ -417,7 +418,8 @@ impl Checker<'_> {
         for (holds, given, key, allowed) in rules {
             if !holds {
                 let problem = format!(
-                    "must be {allowed} (lease {lease}, renew {renew}, heartbeat {heartbeat}, election {low} to {high} ms)"
+                    "must be {allowed} (lease {lease}, renew {renew}, heartbeat {heartbeat}, election \
+                    {low} to {high} ms)"
                 );
                 let anywhere = given.as_ref().or(raw.lease_ms.as_ref()).or(raw.election_max_ms.as_ref());
                 return match anywhere {

@@ -125,7 +125,8 @@ impl DevCluster {
             std::thread::sleep(TICK);
         }
         bail!(
-            "the cluster did not come up within {} s: {reason}; see the file `log` in each node's directory under {}",
+            "the cluster did not come up within {} s: {reason}; see the file `log` in each node's \
+            directory under {}",
             FORM_TIMEOUT.as_secs(),
             self.supervisor.dir.display()
         )
@@ -248,13 +249,16 @@ pub fn usage(dev: &DevCluster) -> String {
     let volume = &dev.supervisor.volume;
     let admin = nodes[0].config.admin.display();
     let mut text = format!(
-        "cluster in {} (cluster.json there names processes and sockets)\n  status    blkrepl --admin {admin} status\n  attach    to the node that status calls primary:\n",
+        "cluster in {} (cluster.json there names processes and sockets)\n  status    blkrepl --admin \
+        {admin} status\n  attach    to the node that status calls primary:\n",
         dev.supervisor.dir.display(),
     );
     for node in nodes.iter().filter(|n| n.config.nbd_tcp.is_some()) {
         let (name, socket) = (&node.config.name, node.config.nbd_unix.display());
         text.push_str(&format!(
-            "    {name}: nbd-client -unix {socket} -N {volume} /dev/nbd0\n        nbdfuse DIR/disk 'nbd+unix:///{volume}?socket={socket}'\n        qemu-system-x86_64 -drive 'file=nbd+unix:///{volume}?socket={socket},format=raw'\n"
+            "    {name}: nbd-client -unix {socket} -N {volume} /dev/nbd0\n        nbdfuse DIR/disk \
+            'nbd+unix:///{volume}?socket={socket}'\n        qemu-system-x86_64 -drive \
+            'file=nbd+unix:///{volume}?socket={socket},format=raw'\n"
         ));
         if let Some(addr) = node.config.nbd_tcp {
             text.push_str(&format!("        nbdinfo nbd://{addr}/{volume}\n"));

@@ -59,7 +59,8 @@ pub struct Recovered {
 pub fn recover(config: &NodeConfig, force: bool) -> anyhow::Result<Recovered> {
     if !force {
         bail!(
-            "this makes {} the sole voter of a new cluster and starts new lineages: what only other nodes hold is given up, and they are refused from then on. If they are gone for good, add --force",
+            "this makes {} the sole voter of a new cluster and starts new lineages: what only other nodes \
+            hold is given up, and they are refused from then on. If they are gone for good, add --force",
             config.name
         );
     }

@@ -24,7 +24,8 @@ const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 pub enum DirError {
     /// Another process runs in it.
     #[error(
-        "second {what} on directory {dir} is locked out: process {pid} already runs in it; stop that one first or use another directory"
+        "second {what} on directory {dir} is locked out: process {pid} already runs in it; stop that one \
+        first or use another directory"
     )]
     Locked {
         /// What tries.

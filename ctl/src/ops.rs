@@ -432,7 +432,8 @@ async fn do_move(
     }
     if !record.member(to).is_some_and(|m| state.is_newest(m)) {
         return Err(format!(
-            "{to_name} is not in sync with {name}; wait until `blkrepl status` says in-sync (a resync gets it there), then move"
+            "{to_name} is not in sync with {name}; wait until `blkrepl status` says in-sync (a resync gets \
+            it there), then move"
         ));
     }
     let begun = Instant::now();
@@ -471,7 +472,8 @@ async fn begin_at_primary(
         Ok(NodeAnswer::Refused(reason)) => Err(reason),
         Ok(other) => Err(format!("unexpected answer {other:?} from {name}")),
         Err(reason) => Err(format!(
-            "the primary of {} has to take part: {reason}. If it is gone, an in-sync replica takes over by itself when its lease has run out",
+            "the primary of {} has to take part: {reason}. If it is gone, an in-sync replica takes over by \
+            itself when its lease has run out",
             record.name
         )),
     }
@@ -479,7 +481,8 @@ async fn begin_at_primary(
 
 fn not_shown(name: &str, what: &str) -> String {
     format!(
-        "{what} of {name} has not happened within {} s; it may still: see `blkrepl status` and `blkrepl events`",
+        "{what} of {name} has not happened within {} s; it may still: see `blkrepl status` and `blkrepl \
+        events`",
         CHANGE_TIMEOUT.as_secs()
     )
 }
@@ -529,7 +532,8 @@ async fn promote(
     let loss = loss(node, record).await;
     if !force {
         return Err(format!(
-            "{my_name} is not in sync with {name}{}: {loss}. Wait for the resync, or take the loss with `blkrepl promote {name} --force`, which starts a new lineage",
+            "{my_name} is not in sync with {name}{}: {loss}. Wait for the resync, or take the loss with \
+            `blkrepl promote {name} --force`, which starts a new lineage",
             why_not(node, record)
         ));
     }
@@ -545,7 +549,8 @@ fn eligible(node: &Node, record: &VolumeRecord) -> Result<(), String> {
     let named = record.member(node.config.id).map(|m| m.incarnation);
     if status.report.inconsistent || status.report.member != named {
         return Err(format!(
-            "every in-sync replica of {} restarted, and this one does not continue from the incarnation that the config names; promote another, or use --force",
+            "every in-sync replica of {} restarted, and this one does not continue from the incarnation \
+            that the config names; promote another, or use --force",
             record.name
         ));
     }
@@ -586,7 +591,8 @@ async fn loss(node: &Arc<Node>, record: &VolumeRecord) -> String {
             node.config.name
         ),
         None => format!(
-            "--force would discard an unknown number of bytes that {holders} may hold and {} lacks (nobody who knows answers)",
+            "--force would discard an unknown number of bytes that {holders} may hold and {} lacks (nobody \
+            who knows answers)",
             node.config.name
         ),
     }
@@ -611,7 +617,8 @@ async fn force_promote(
     }
     if status.report.inconsistent && !discard_inconsistent {
         return Err(format!(
-            "a resync into {my_name} began and did not end: its content is a mix of old and new and no state that {name} ever had. {loss}. Only if no other copy is left: add --discard-inconsistent"
+            "a resync into {my_name} began and did not end: its content is a mix of old and new and no \
+            state that {name} ever had. {loss}. Only if no other copy is left: add --discard-inconsistent"
         ));
     }
     let op = ClusterOp::ForcePromote {

@@ -67,7 +67,8 @@ pub fn timing_section(args: &TimingArgs) -> String {
     let heartbeat = args.heartbeat.unwrap_or_else(|| scale(config::HEARTBEAT_MS_DEFAULT, 10));
     let election = args.election.unwrap_or_else(|| scale(config::ELECTION_MIN_MS_DEFAULT, 3 * heartbeat));
     format!(
-        "[timing]\nlease_ms = {lease}\nrenew_ms = {renew}\nheartbeat_ms = {heartbeat}\nelection_min_ms = {election}\nelection_max_ms = {}\n",
+        "[timing]\nlease_ms = {lease}\nrenew_ms = {renew}\nheartbeat_ms = {heartbeat}\nelection_min_ms = \
+        {election}\nelection_max_ms = {}\n",
         election * 2
     )
 }
@@ -86,7 +87,8 @@ impl Supervisor {
         let socket = dir.join("n1").join("admin.sock");
         if socket.as_os_str().len() > config::UNIX_PATH_MAX {
             bail!(
-                "the path {} is too long for a unix socket (at most {} bytes); use a directory with a shorter path",
+                "the path {} is too long for a unix socket (at most {} bytes); use a directory with a \
+                shorter path",
                 socket.display(),
                 config::UNIX_PATH_MAX
             );
@@ -284,7 +286,8 @@ fn lay_out(dir: &Path, names: &[&str], timing: &TimingArgs) -> anyhow::Result<()
     }
     for (index, name) in names.iter().enumerate() {
         let mut text = format!(
-            "# Made by blkrepl dev. `blkrepl serve --config` this file starts the node.\n[node]\nid = {}\nname = \"{name}\"\nkind = \"{}\"\n\n[listen]\ncontrol = \"{}\"\npeer = \"{}\"\n",
+            "# Made by blkrepl dev. `blkrepl serve --config` this file starts the node.\n[node]\nid = \
+            {}\nname = \"{name}\"\nkind = \"{}\"\n\n[listen]\ncontrol = \"{}\"\npeer = \"{}\"\n",
             index + 1,
             kind(index),
             addr(index),

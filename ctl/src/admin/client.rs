@@ -24,7 +24,8 @@ pub const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 pub enum AskError {
     /// Nobody listens.
     #[error(
-        "cannot reach a node at admin socket {socket}: {source}; is it running? name another with --admin SOCKET"
+        "cannot reach a node at admin socket {socket}: {source}; is it running? name another with --admin \
+        SOCKET"
     )]
     Connect {
         /// The socket.
@@ -34,7 +35,8 @@ pub enum AskError {
     },
     /// The connection broke or timed out.
     #[error(
-        "no answer from the node at {socket}: {source}; if the request changes something, it may still take effect: see `blkrepl status`"
+        "no answer from the node at {socket}: {source}; if the request changes something, it may still \
+        take effect: see `blkrepl status`"
     )]
     Broken {
         /// The socket.

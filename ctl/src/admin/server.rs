@@ -32,7 +32,8 @@ pub trait AdminApi: Send + Sync + 'static {
 /// Why the socket cannot be served.
 #[derive(Debug, Error)]
 #[error(
-    "cannot serve the admin socket {path}: {source}; remove what stands there or set listen.admin in node.toml"
+    "cannot serve the admin socket {path}: {source}; remove what stands there or set listen.admin in \
+    node.toml"
 )]
 pub struct ListenError {
     path: PathBuf,

@@ -172,7 +172,8 @@ impl Demo {
                     }
                     killed = Some(Instant::now());
                     timeline.note(format!(
-                        "SIGKILL to {first} (process {pid}) after {} of {} chunks were acknowledged, more in flight",
+                        "SIGKILL to {first} (process {pid}) after {} of {} chunks were acknowledged, more \
+                        in flight",
                         acked, total
                     ));
                 }
@@ -199,7 +200,8 @@ impl Demo {
         };
         let service_again = millis(at - killed);
         self.timeline.note(format!(
-            "all of {} is written and flushed ({} before the kill, {} after); service was back after {service_again} ms",
+            "all of {} is written and flushed ({} before the kill, {} after); service was back after \
+            {service_again} ms",
             self.path.display(),
             bytes(before),
             bytes(after)
@@ -228,7 +230,8 @@ impl Demo {
         self.timeline.measured().rejoin_ms = Some(took);
         self.timeline.measured().moved_bytes = Some(moved);
         self.timeline.note(format!(
-            "{old} is in sync again after {took} ms; the resync moved {} (at most {} had changed, the volume has {})",
+            "{old} is in sync again after {took} ms; the resync moved {} (at most {} had changed, the \
+            volume has {})",
             bytes(moved),
             bytes(changed),
             bytes(self.size)
@@ -262,7 +265,8 @@ impl Demo {
         self.timeline.measured().quiet_stall_ms = Some(quiet);
         self.timeline.measured().move_stall_ms = Some(stall);
         self.timeline.note(format!(
-            "moved {VOLUME} from {from} to {to} by command; a writing client paused for {stall} ms (longest pause without a move: {quiet} ms)"
+            "moved {VOLUME} from {from} to {to} by command; a writing client paused for {stall} ms \
+            (longest pause without a move: {quiet} ms)"
         ));
         let volume = self.volume()?;
         let held = volume.primary.as_deref() == Some(to) && !volume.degraded;

@@ -98,7 +98,8 @@ async fn daemon(config: NodeConfig) -> anyhow::Result<()> {
     }
     if !late.is_empty() {
         anyhow::bail!(
-            "{} did not stop within {} s and was left; nothing acknowledged is lost, its next start takes longer",
+            "{} did not stop within {} s and was left; nothing acknowledged is lost, its next start takes \
+            longer",
             late.join(", "),
             STOP_TIMEOUT.as_secs()
         );
@@ -121,7 +122,8 @@ impl Sockets {
         }
         let peers = TcpListener::bind(config.peer).await.with_context(|| {
             format!(
-                "cannot listen for peers on {} (listen.peer in {}); if the port is in use, end who uses it (`ss -ltnp` shows it) or choose another on every node",
+                "cannot listen for peers on {} (listen.peer in {}); if the port is in use, end who uses it \
+                (`ss -ltnp` shows it) or choose another on every node",
                 config.peer,
                 config.file.display()
             )
@@ -161,7 +163,8 @@ async fn start_control(config: &NodeConfig, os_boot: u128) -> anyhow::Result<Con
     let started = control::start(control_options(config, os_boot), boottime_now).await;
     started.map_err(|error| match error {
         ControlError::Io { .. } => anyhow::Error::new(error).context(format!(
-            "cannot start the control plane of {} (if its address is in use, end who uses it, `ss -ltnp` shows it, or change listen.control in {} and the [[cluster]] lists)",
+            "cannot start the control plane of {} (if its address is in use, end who uses it, `ss -ltnp` \
+            shows it, or change listen.control in {} and the [[cluster]] lists)",
             config.name,
             config.file.display()
         )),

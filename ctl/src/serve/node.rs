@@ -341,7 +341,8 @@ impl Node {
         let record = state.volumes.get(&id).ok_or("the volume is gone")?;
         if record.in_sync.iter().all(|m| m.node == self.config.id) {
             return Err(format!(
-                "this node's replica is the only one in sync; making it anew would give up its content. Promote another replica first (`blkrepl promote {} --force` there)",
+                "this node's replica is the only one in sync; making it anew would give up its content. \
+                Promote another replica first (`blkrepl promote {} --force` there)",
                 record.name
             ));
         }
@@ -446,7 +447,8 @@ fn give_up_hint(error: &anyhow::Error, name: &str) -> String {
             | E::Foreign { .. }
             | E::Superblock { .. },
         )) => format!(
-            ". To give this copy up and have everything copied anew: `blkrepl volume recreate {name} --discard-data` on this node"
+            ". To give this copy up and have everything copied anew: `blkrepl volume recreate {name} \
+            --discard-data` on this node"
         ),
         _ => String::new(),
     }

@@ -197,14 +197,16 @@ impl Gathered<'_> {
         }
         if self.leader.is_none() {
             return Some(format!(
-                "{name} was primary; no Raft leader is known here, and without a quorum nothing is promoted: start the nodes that are down"
+                "{name} was primary; no Raft leader is known here, and without a quorum nothing is \
+                promoted: start the nodes that are down"
             ));
         }
         let gone: Vec<NodeId> =
             v.in_sync.iter().map(|m| m.node).filter(|n| !self.answers.contains_key(n)).collect();
         if gone.len() == v.in_sync.len() {
             return Some(format!(
-                "every in-sync replica is away ({}): start one of these nodes; if they are lost for good, `blkrepl promote {} --force` on another node gives up what only they hold",
+                "every in-sync replica is away ({}): start one of these nodes; if they are lost for good, \
+                `blkrepl promote {} --force` on another node gives up what only they hold",
                 self.names(gone.into_iter()),
                 v.name
             ));

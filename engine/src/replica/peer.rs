@@ -13,6 +13,10 @@ use super::io::{Event, Output};
 /// Most runs of a peer's list that are kept while it arrives: one per region of the largest volume.
 const RUNS_MAX: usize = 1 << 22;
 
+/// A session silent for this many peer time-outs is ended. More than one, so that a member's removal, due
+/// after one, is not put off by a reconnect.
+const HUNG_FACTOR: u32 = 2;
+
 /// A live session.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Session {
@@ -261,9 +265,19 @@ impl Replica {
         }
     }
 
-    /// Keeps silent sessions known to be alive.
+    /// Keeps silent sessions known to be alive, and ends those that stay silent: whoever hangs behind one
+    /// is not connected, whatever its socket says.
     pub(super) fn tick_peers(&mut self) {
-        let (now, every) = (self.now, self.settings().peer_timeout / 4);
+        let limit = self.settings().peer_timeout;
+        let (now, every) = (self.now, limit / 4);
+        let hung = |p: &Peer| now.since(p.last_heard) >= limit * HUNG_FACTOR;
+        let hung: Vec<SessionId> =
+            self.peers.values().filter(|p| hung(p)).filter_map(|p| p.session.map(|s| s.id)).collect();
+        for session in hung {
+            self.session_down(session);
+            let reason = format!("nothing heard for {} ms", (limit * HUNG_FACTOR).as_millis());
+            self.out.push_back(Output::CloseSession(session, reason));
+        }
         let mut ping = Vec::new();
         for peer in self.peers.values_mut() {
             if let Some(session) = peer.session.filter(|_| now.since(peer.last_sent) >= every) {
