@@ -75,7 +75,8 @@ impl Replica {
             return;
         }
         let through = primary.committed_through();
-        if primary.stable == Some(through) {
+        // A write past one that is still under way may be acknowledged although `through` did not move.
+        if primary.stable == Some(through) && primary.parts.is_empty() {
             // Nothing has been committed since the last round: it is stable already.
             primary.flush_wanted = false;
             for id in std::mem::take(&mut primary.flush_queue) {

@@ -441,3 +441,33 @@ fn r16_nothing_is_acknowledged_under_a_config_that_the_superblock_does_not_hold(
     let image = world.image(node(1));
     assert_eq!(image.superblock.epoch, world.config.epoch);
 }
+
+/// A slow write in front of it does not make an acknowledged one stable: a flush has to flush it
+/// (design invariant 4).
+#[test]
+fn a_flush_covers_what_was_acknowledged_past_a_write_still_under_way() {
+    let mut world = two();
+    for block in [3, 4] {
+        world.write(node(1), block, false);
+    }
+    world.run(1);
+    world.flush(node(1));
+    world.run(1);
+    // The first of two writes hangs on the secondary's disk, the second is acknowledged.
+    world.nodes.get_mut(&node(2)).unwrap().disk_paused = true;
+    world.write(node(1), 3, false);
+    let tag = world.write(node(1), 4, false);
+    world.settle();
+    let last = world.nodes[&node(2)].pending.len() - 1;
+    world.complete_disk(node(2), last);
+    world.settle();
+    assert_eq!(world.waiting(node(1)), 1, "the write behind the slow one is acknowledged");
+    world.flush(node(1));
+    world.settle();
+    if world.waiting(node(1)) == 1 {
+        let stable = &world.nodes[&node(2)].disk.stable;
+        assert_eq!(stable[4], tag, "the flush was answered, and the write is not stable");
+    }
+    world.nodes.get_mut(&node(2)).unwrap().disk_paused = false;
+    world.converge();
+}
