@@ -76,6 +76,8 @@ use suspects::Suspects;
 
 /// How often the core wants `handle_tick` at least.
 pub const TICK: Duration = Duration::from_millis(50);
+/// Most characters of a reason that are sent to peers (each at most 4 bytes, the wire takes 1024).
+const REASON_CHARS_MAX: usize = 256;
 /// A region untouched for this long is cleared from the intent map once it is stable everywhere.
 pub(crate) const INTENT_IDLE: Duration = Duration::from_millis(1000);
 
@@ -404,8 +406,7 @@ impl Replica {
         self.failure = Some(reason.clone());
         let reign = self.reign();
         for session in self.sessions() {
-            let mut reason = reason.clone();
-            reason.truncate(512);
+            let reason = for_peers(&reason);
             self.send(session, PeerMsg::Failed { reign, reason });
         }
         self.primary_failed();
@@ -414,4 +415,9 @@ impl Replica {
     fn incarnation(&self) -> Incarnation {
         self.me.incarnation
     }
+}
+
+/// A reason cut to what a message may carry, at a character's end.
+fn for_peers(reason: &str) -> String {
+    reason.chars().take(REASON_CHARS_MAX).collect()
 }

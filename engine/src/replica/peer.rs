@@ -132,7 +132,7 @@ impl Replica {
             let reign = primary.reign;
             self.send(session.id, PeerMsg::Takeover { reign });
         }
-        if let Some(reason) = self.failure.clone() {
+        if let Some(reason) = self.failure.as_deref().map(super::for_peers) {
             let reign = self.reign();
             self.send(session.id, PeerMsg::Failed { reign, reason });
         }

@@ -285,6 +285,15 @@ impl Replica {
         }
     }
 
+    /// No write under way counts as the newest for these blocks any more, at any target.
+    pub(super) fn forget_live_everywhere(&mut self, blocks: BlockRange) {
+        let nodes: Vec<NodeId> =
+            self.primary.as_ref().map(|p| p.targets.keys().copied().collect()).unwrap_or_default();
+        for node in nodes {
+            self.forget_live(node, blocks);
+        }
+    }
+
     fn forget_live(&mut self, node: NodeId, blocks: BlockRange) {
         let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) else { return };
         let gone: Vec<u64> = target.live.range(blocks.start.0..blocks.end()).map(|(b, _)| *b).collect();

@@ -262,14 +262,17 @@ impl Replica {
     pub(super) fn local_write_done(&mut self, seq: WriteSeq, result: Result<DiskResult, DiskErrorKind>) {
         let alone = self.config.as_ref().is_some_and(|c| c.in_sync == [self.me]);
         let Some(primary) = &mut self.primary else { return };
+        // A joiner may hold the write and become a member at any moment: then there is who takes over.
+        let alone = alone && primary.acks.is_empty();
         let Some(part) = primary.parts.get_mut(&seq) else { return };
         match result {
             Ok(_) => part.local_done = true,
             Err(kind) if alone => {
-                // Nobody could take over: the client has to know. The block is not acknowledged, what
-                // it holds is open; the intent stays set until a later write and flush succeed.
+                // Nobody could take over: the client has to know. What the blocks hold here is open, and a
+                // resync target may have got the write: whatever it answers, it lacks them.
                 part.local_done = true;
                 part.waiting.clear();
+                let blocks = part.blocks;
                 let error = match kind {
                     DiskErrorKind::NoSpace => ClientError::NoSpace,
                     DiskErrorKind::Io => ClientError::Io,
@@ -277,6 +280,8 @@ impl Replica {
                 if let Some(op) = primary.ops.get_mut(&part.op) {
                     op.error = Some(error);
                 }
+                self.mark_missing(blocks);
+                self.forget_live_everywhere(blocks);
             }
             Err(kind) => {
                 return self.fail(format!(
