@@ -7,6 +7,7 @@
 
 mod disk;
 mod history;
+mod power;
 mod random;
 mod scenarios;
 mod scenarios_faults;

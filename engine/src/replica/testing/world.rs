@@ -102,6 +102,7 @@ pub(in super::super) struct World {
     pub(in super::super) hold_proposals: bool,
     pub(in super::super) sent: BTreeMap<&'static str, u64>,
     pub(in super::super) acked_writes: u64,
+    pub(in super::super) acked_flushes: u64,
 }
 
 impl World {
@@ -147,6 +148,7 @@ impl World {
             hold_proposals: false,
             sent: BTreeMap::new(),
             acked_writes: 0,
+            acked_flushes: 0,
         };
         for n in 1..=options.replicas {
             world.add_node(node(n), geometry);
@@ -565,7 +567,10 @@ impl World {
                 let value = tags.expect("a read brings content")[0];
                 self.history.read(block, value, &id.to_string());
             }
-            Asked::Flush(sent) => self.history.flush_acked(&sent),
+            Asked::Flush(sent) => {
+                self.acked_flushes += 1;
+                self.history.flush_acked(&sent);
+            }
         }
     }
 
