@@ -13,7 +13,7 @@ use super::disk::Purpose;
 use super::io::{DiskErrorKind, DiskOp, DiskResult, Event};
 use super::primary::LockOwner;
 use super::range_lock::LockId;
-use super::resync::TargetPhase;
+use super::resync::{Request, TargetPhase};
 
 /// Most blocks of one chunk: 256 KiB, what a client's write may have to wait for.
 const CHUNK_BLOCKS: u64 = 64;
@@ -168,8 +168,16 @@ impl Replica {
         }
     }
 
-    /// A block of the source can't be read: leave its bit set, say so, try again later.
+    /// A block of the source can't be read: leave its bit set, say so, try again later. A new primary would
+    /// never serve then: it leaves the role to a member that can read its own.
     fn chunk_unreadable(&mut self, node: NodeId, id: ChunkId, kind: DiskErrorKind) {
+        let Some(primary) = &self.primary else { return };
+        if !primary.serving() {
+            return self.fail(format!(
+                "a block that has to be compared with the other members can't be read: {kind}; the role is handed \
+                 over, mend the disk and restart the node, it will be resynced"
+            ));
+        }
         let until = self.now.after(std::time::Duration::from_secs(1));
         if let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) {
             target.paused_until = until;
@@ -191,11 +199,13 @@ impl Replica {
         msg: impl FnOnce(u64) -> PeerMsg,
     ) {
         let Some(session) = self.reported_session(node) else { return };
-        let request = self.request_id();
+        let (request, asked) = (self.request_id(), self.now);
+        let msg = msg(request);
         if let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) {
-            target.requests.insert(request, (id, blocks));
+            let compare = matches!(msg, PeerMsg::Compare { .. });
+            target.requests.insert(request, Request { chunk: id, blocks, compare, asked });
         }
-        self.send(session, msg(request));
+        self.send(session, msg);
     }
 
     fn copy(&mut self, node: NodeId, id: ChunkId, blocks: BlockRange, payload: Payload, all_zero: bool) {
@@ -213,7 +223,7 @@ impl Replica {
     /// The target has compared: what is equal is done, what differs is copied.
     pub(super) fn compared(&mut self, node: NodeId, request: u64, differ: &[bool]) {
         let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) else { return };
-        let Some((id, blocks)) = target.requests.remove(&request) else { return };
+        let Some(Request { chunk: id, blocks, .. }) = target.answered(request, true) else { return };
         if blocks.count != differ.len() as u64 {
             return self.drop_target(node); // it does not speak our protocol; the session's report begins anew
         }
@@ -268,7 +278,7 @@ impl Replica {
     /// The target has written a copy.
     pub(super) fn copied(&mut self, node: NodeId, request: u64) {
         let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) else { return };
-        let Some((id, blocks)) = target.requests.remove(&request) else { return };
+        let Some(Request { chunk: id, blocks, .. }) = target.answered(request, false) else { return };
         self.settled(node, blocks);
         let Some(chunk) = self.chunk(node, id) else { return };
         chunk.left -= 1;
@@ -295,7 +305,7 @@ impl Replica {
     fn end_chunk(&mut self, node: NodeId, id: ChunkId) {
         let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) else { return };
         let Some(chunk) = target.chunks.remove(&id) else { return };
-        target.requests.retain(|_, (of, _)| *of != id);
+        target.requests.retain(|_, request| request.chunk != id);
         self.drop_chunk(chunk);
     }
 

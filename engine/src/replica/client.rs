@@ -10,7 +10,8 @@ use crate::types::{BlockRange, ByteRange};
 
 use super::Replica;
 use super::io::{ClientError, ClientOp, ClientRequest, ConnId, Cookie, Output, ReplyData};
-use super::primary::{Held, LockOwner, OpId, Stage};
+use super::primary::{Held, LockOwner, Op, OpId, Stage};
+use crate::wire::BufId;
 
 /// Most requests that may have started and not been answered; later ones wait in the queue.
 const STARTED_MAX: usize = 4096;
@@ -67,6 +68,18 @@ impl Replica {
     fn release_request(&mut self, request: &ClientRequest) {
         if let ClientOp::Write(payload) = request.op {
             self.release(payload.buf);
+        }
+    }
+
+    /// Every buffer of a request, each once, but for the one that the answer carries.
+    fn release_op_buffers(&mut self, op: &Op, kept: Option<BufId>) {
+        for payload in op.plan.iter().filter_map(|p| p.payload).filter(|p| Some(p.buf) != kept) {
+            self.release(payload.buf);
+        }
+        let saved = self.release_saved_plan(op);
+        // Without a plan, its own or one that waits for a repair, the request still has its buffer.
+        if op.plan.is_empty() && !saved {
+            self.release_request(&op.request);
         }
     }
 
@@ -181,14 +194,7 @@ impl Replica {
         };
         let (conn, cookie) = (op.request.conn, op.request.cookie);
         let held = Held { conn, cookie, result, buf, acked_write };
-        for planned in &op.plan {
-            if let Some(payload) = planned.payload.filter(|p| Some(p.buf) != buf) {
-                self.release(payload.buf);
-            }
-        }
-        if op.plan.is_empty() {
-            self.release_request(&op.request);
-        }
+        self.release_op_buffers(&op, buf);
         if op.orphan {
             self.release_held_buffer(&held);
         } else if let Some(primary) = &mut self.primary {
@@ -239,13 +245,7 @@ impl Replica {
             if op.intent {
                 self.intents.end(op.blocks, op.last_seq, false);
             }
-            for payload in op.plan.iter().filter_map(|p| p.payload) {
-                self.release(payload.buf);
-            }
-            if op.plan.is_empty() {
-                self.release_request(&op.request);
-            }
-            self.release_saved_plan(&op);
+            self.release_op_buffers(&op, None);
         }
         for held in held {
             self.release_held_buffer(&held);

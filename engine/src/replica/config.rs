@@ -80,6 +80,7 @@ impl Replica {
         let me = self.me.node;
         for replica in config.replicas.iter().filter(|r| r.node != me) {
             let now = self.now;
+            self.store.add_dirty(replica.slot);
             self.peers.entry(replica.node).or_insert_with(|| Peer::new(replica.slot, now));
         }
     }

@@ -75,15 +75,17 @@ impl Replica {
             return;
         }
         let through = primary.committed_through();
-        // A write past one that is still under way may be acknowledged although `through` did not move.
-        if primary.stable == Some(through) && primary.parts.is_empty() {
-            // Nothing has been committed since the last round: it is stable already.
+        // Not `through`: what overtook an older write in flight is committed and acknowledged, too.
+        if primary.stable == Some(primary.last_seq()) {
+            // Nothing has been written since the last round: it is stable already.
             primary.flush_wanted = false;
             for id in std::mem::take(&mut primary.flush_queue) {
                 self.finish(id, Ok(ReplyData::None));
             }
             return;
         }
+        // Without a client that asks, a round that makes nothing more stable can wait.
+        primary.flush_wanted &= primary.stable != Some(through);
         if primary.flush_queue.is_empty() && !primary.flush_wanted {
             return;
         }
@@ -92,9 +94,9 @@ impl Replica {
         let waiting = primary.acks.keys().copied().collect();
         let reign = primary.reign;
         let id = self.request_id();
-        let local = self.flusher.request();
+        let (local, now) = (self.flusher.request(), self.now);
         let Some(primary) = &mut self.primary else { return };
-        primary.round = Some(Round { id, through, local, waiting, ops });
+        primary.round = Some(Round { id, through, local, started: now, waiting, ops });
         let nodes: Vec<NodeId> = primary.acks.keys().copied().collect();
         for node in nodes {
             if let Some(session) = self.reported_session(node) {
@@ -128,10 +130,10 @@ impl Replica {
     }
 
     /// Clears the intent regions that may go [R5]: only as a named member, only what is stable on all of
-    /// the ack set, and only when the bitmaps of all missing replicas are durable for it. `drain`: now,
-    /// not when idle.
+    /// the ack set, and only when the bitmaps of all missing replicas are durable for it, under a config
+    /// that the superblock holds [R16]. `drain`: now, not when idle.
     pub(super) fn clear_intents(&mut self, drain: bool) {
-        if !self.is_member() || self.failure.is_some() {
+        if !self.is_member() || !self.config_usable() || self.failure.is_some() {
             return;
         }
         let max = usize::try_from(self.settings().intent_regions_max).unwrap_or(usize::MAX);

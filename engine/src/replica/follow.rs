@@ -107,6 +107,9 @@ impl Replica {
             }
             return;
         }
+        if self.stop.is_closing() {
+            return self.release_msg(msg); // flushed, about to be marked clean: as good as gone
+        }
         if let PeerMsg::Takeover { .. } = msg {
             self.following.takeover = Some((session, reign));
             self.following.confirmed = None;

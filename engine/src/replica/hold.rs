@@ -51,16 +51,32 @@ impl Hold {
 #[derive(Debug)]
 pub(super) enum Stop {
     No,
-    Draining { until: Nanos },
-    Flushing { flush: FlushTicket },
-    Saving { tickets: Vec<Ticket> },
-    Marking { version: u64 },
+    Draining {
+        until: Nanos,
+    },
+    /// `clean`: nothing is left to be written.
+    Flushing {
+        flush: FlushTicket,
+        clean: bool,
+    },
+    Saving {
+        tickets: Vec<Ticket>,
+        clean: bool,
+    },
+    Marking {
+        version: u64,
+    },
     Done,
 }
 
 impl Stop {
     pub(super) fn is_no(&self) -> bool {
         matches!(self, Self::No)
+    }
+
+    /// True from the last flush on: nothing more is written.
+    pub(super) fn is_closing(&self) -> bool {
+        !matches!(self, Self::No | Self::Draining { .. })
     }
 }
 
@@ -188,15 +204,21 @@ impl Replica {
                 } else if drained || self.now >= *until {
                     self.clear_intents(true);
                     let flush = self.flusher.request();
-                    self.stop = Stop::Flushing { flush };
+                    // Out of patience with the others, not with the own disk: what is still to be written
+                    // here would come after the mark.
+                    let idle = self.primary.as_ref().is_none_or(|p| p.started() == 0);
+                    let clean = idle && self.disk.locks.is_empty();
+                    self.stop = Stop::Flushing { flush, clean };
                 }
             }
-            Stop::Flushing { flush } if self.failure.is_some() || self.flusher.redeemed(*flush) => {
+            Stop::Flushing { flush, clean } if self.failure.is_some() || self.flusher.redeemed(*flush) => {
+                let clean = *clean;
                 self.clear_intents(true);
                 let tickets = self.store.save_all();
-                self.stop = Stop::Saving { tickets };
+                self.stop = Stop::Saving { tickets, clean };
             }
-            Stop::Saving { tickets } if tickets.iter().all(|t| self.store.redeemed(*t)) => {
+            Stop::Saving { clean: false, .. } => self.stopped(),
+            Stop::Saving { tickets, .. } if tickets.iter().all(|t| self.store.redeemed(*t)) => {
                 let (incarnation, epoch) = (self.incarnation(), self.store.superblock().epoch);
                 let version = self.store.change_superblock(|sb| {
                     sb.clean = Some(CleanMark { incarnation, epoch });

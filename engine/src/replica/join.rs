@@ -85,11 +85,7 @@ impl Replica {
         }
         self.following.joining.preparing = None;
         if foreign {
-            let source = self.config.as_ref().and_then(|c| c.primary.and_then(|p| c.slot(p.node)));
-            let runs = source
-                .and_then(|slot| self.store.dirty(slot))
-                .map(|b| b.runs(0).collect::<Vec<_>>())
-                .unwrap_or_default();
+            let runs = self.store.dirty_for_anyone();
             self.send_runs(session, reign, RunsKind::Foreign, &runs);
         }
         self.send(session, PeerMsg::ResyncReady { reign });

@@ -11,12 +11,12 @@
 
 use std::time::Duration;
 
-use crate::types::{ConfigView, Member, Nanos, Proposal, ProposalId, ProposalKind, ProposalOutcome};
+use crate::types::{ConfigView, Member, Nanos, NodeId, Proposal, ProposalId, ProposalKind, ProposalOutcome};
 
 use super::Replica;
 use super::flusher::FlushTicket;
 use super::io::Event;
-use super::primary::{Pending, Primary};
+use super::primary::{Pending, Phase, Primary};
 
 /// A write that a member leaves unanswered for this many peer time-outs makes it slow. More than one,
 /// because a disk may stall for longer than a link may be silent.
@@ -142,10 +142,7 @@ impl Replica {
         }
         match peer.session {
             Some(session) if session.incarnation != member.incarnation => Some("it restarted".into()),
-            Some(_) if self.now.since(peer.last_heard) >= limit => {
-                Some(format!("nothing heard of it for {} ms", limit.as_millis()))
-            }
-            Some(_) => self.slow(member, limit * SLOW_FACTOR),
+            Some(_) => self.unresponsive(member.node),
             // A closed connection is a stronger sign than silence; half the time to come back.
             None if self.now.since(peer.down_since) >= limit / 2 => {
                 Some(format!("no connection for {} ms", (limit / 2).as_millis()))
@@ -154,11 +151,32 @@ impl Replica {
         }
     }
 
-    fn slow(&self, member: Member, limit: Duration) -> Option<String> {
+    /// Why a connected replica holds up what waits for it, if it does: it is silent, or it answers pings
+    /// and nothing else.
+    pub(super) fn unresponsive(&self, node: NodeId) -> Option<String> {
+        let limit = self.settings().peer_timeout;
+        let peer = self.peers.get(&node)?;
+        if self.now.since(peer.last_heard) >= limit {
+            return Some(format!("nothing heard of it for {} ms", limit.as_millis()));
+        }
         let primary = self.primary.as_ref()?;
-        let oldest = primary.parts.values().find(|p| p.waiting.contains(&member.node))?;
-        let waited = self.now.since(oldest.started);
-        (waited >= limit).then(|| format!("a write unanswered for {} ms", waited.as_millis()))
+        let write = primary.parts.values().find(|p| p.waiting.contains(&node)).map(|p| p.started);
+        let flush = primary.round.as_ref().filter(|r| r.waiting.contains(&node)).map(|r| r.started);
+        let target = primary.targets.get(&node);
+        let request = target.and_then(|t| t.requests.values().map(|r| r.asked).min());
+        let call = match primary.phase {
+            Phase::TakingOver { since, .. } if peer.reported != Some(primary.reign) => Some(since),
+            _ => None,
+        };
+        let asked = [
+            (write, "a write"),
+            (flush, "a flush"),
+            (request, "a block to compare or copy"),
+            (call, "a take-over"),
+        ];
+        let (since, what) = asked.into_iter().filter_map(|(at, what)| Some((at?, what))).min()?;
+        let waited = self.now.since(since);
+        (waited >= limit * SLOW_FACTOR).then(|| format!("{what} unanswered for {} ms", waited.as_millis()))
     }
 
     /// The own disk failed: a connected member takes over, if there is one.

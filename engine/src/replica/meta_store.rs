@@ -9,8 +9,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::meta::{Image, PagedBitmap, Superblock};
+use crate::meta::{Area, Image, Layout, PagedBitmap, Superblock};
 use crate::types::{BlockRange, ReplicaSlot, SuperblockTrust};
+use crate::wire::Run;
 
 /// A page group of one area. Ordered, so that writes come out in a fixed order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -126,6 +127,31 @@ impl MetaStore {
 
     pub(super) fn dirty_mut(&mut self, slot: ReplicaSlot) -> Option<&mut PagedBitmap> {
         self.dirty.get_mut(&slot)
+    }
+
+    /// The blocks that some other replica lacks, as far as is known here. Foreign writes were missing at the
+    /// replica from which the next lineage started, whoever is the source today [R17].
+    pub(super) fn dirty_for_anyone(&self) -> Vec<Run> {
+        let mut runs: Vec<Run> = self.dirty.values().flat_map(|bitmap| bitmap.runs(0)).collect();
+        runs.sort_unstable_by_key(|run| run.start);
+        let mut merged: Vec<Run> = Vec::new();
+        for run in runs {
+            match merged.last_mut() {
+                Some(last) if run.start <= last.start + last.count => {
+                    last.count = last.count.max(run.start + run.count - last.start);
+                }
+                _ => merged.push(run),
+            }
+        }
+        merged
+    }
+
+    /// Keeps a bitmap for a replica that the volume did not have before: it lacks everything.
+    pub(super) fn add_dirty(&mut self, slot: ReplicaSlot) {
+        let Superblock { geometry, volume, .. } = self.superblock;
+        self.dirty.entry(slot).or_insert_with(|| {
+            PagedBitmap::new_full(Area::Dirty(slot), geometry.blocks(), volume, &Layout::new(&geometry))
+        });
     }
 
     pub(super) fn slots(&self) -> Vec<ReplicaSlot> {

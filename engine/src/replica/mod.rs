@@ -147,6 +147,8 @@ impl Replica {
                 sb.member = None;
                 sb.chain.clear();
                 sb.base = crate::wire::BaseContent::Unknown;
+                // A resync that was under way went to the other data object: it does not go on here.
+                sb.inconsistent = None;
             });
         }
         let mut replica = Self {

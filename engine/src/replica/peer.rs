@@ -40,6 +40,8 @@ pub(super) struct Peer {
     /// It said on this session that it failed.
     pub(super) failed: Option<String>,
     pub(super) refused: Option<String>,
+    /// A resync of this run has copied to it.
+    pub(super) copied_to: bool,
 }
 
 impl Peer {
@@ -56,6 +58,7 @@ impl Peer {
             foreign: Vec::new(),
             failed: None,
             refused: None,
+            copied_to: false,
         }
     }
 
@@ -197,6 +200,7 @@ impl Replica {
             return self.release_msg(msg);
         }
         if let PeerMsg::Report { report, .. } = msg {
+            self.drop_target(node); // whatever it was asked on this session is void
             if let Some(peer) = self.peers.get_mut(&node) {
                 peer.forget_report();
                 peer.report = Some(report);

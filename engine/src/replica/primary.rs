@@ -79,6 +79,10 @@ pub(super) struct Op {
     /// Its connection is gone; nobody waits for the reply.
     pub(super) orphan: bool,
     pub(super) repair: Option<super::read::Repair>,
+    /// Parts whose edges could not be read; mended one after the other [R20].
+    pub(super) unfilled: Vec<usize>,
+    /// How many repairs were begun for it.
+    pub(super) repairs: usize,
     pub(super) error: Option<ClientError>,
 }
 
@@ -104,6 +108,7 @@ pub(super) struct Round {
     /// Every write up to here is committed when the round starts.
     pub(super) through: WriteSeq,
     pub(super) local: FlushTicket,
+    pub(super) started: Nanos,
     pub(super) waiting: BTreeSet<NodeId>,
     pub(super) ops: Vec<OpId>,
 }
@@ -131,6 +136,7 @@ pub(super) struct Pending {
 pub(super) enum Phase {
     /// Serves nothing yet [R11].
     TakingOver {
+        since: Nanos,
         flush: Option<FlushTicket>,
         reconciled: BTreeSet<NodeId>,
     },
@@ -164,10 +170,10 @@ pub(super) struct Primary {
 }
 
 impl Primary {
-    pub(super) fn new(reign: Reign) -> Self {
+    pub(super) fn new(reign: Reign, now: Nanos) -> Self {
         Self {
             reign,
-            phase: Phase::TakingOver { flush: None, reconciled: BTreeSet::new() },
+            phase: Phase::TakingOver { since: now, flush: None, reconciled: BTreeSet::new() },
             hold: Hold::None,
             ops: BTreeMap::new(),
             queue: VecDeque::new(),
@@ -207,6 +213,8 @@ impl Primary {
             last_seq: None,
             orphan: false,
             repair: None,
+            unfilled: Vec::new(),
+            repairs: 0,
             error: None,
         };
         self.ops.insert(id, op);

@@ -5,7 +5,7 @@
 //! read from a member of the ack set, under the exclusive lock, rewritten here (intent first) and only
 //! then answered [R20].
 
-use crate::types::NodeId;
+use crate::types::{BlockRange, NodeId};
 use crate::wire::{Payload, PeerMsg};
 
 use super::Replica;
@@ -16,6 +16,8 @@ use super::primary::{LockOwner, Op, OpId, Planned, Stage};
 /// A repair under way.
 #[derive(Debug)]
 pub(super) struct Repair {
+    /// What is mended: the blocks of the read, or of the part whose edge could not be filled.
+    blocks: BlockRange,
     tried: Vec<NodeId>,
     request: Option<u64>,
     /// The plan of a write whose edges could not be filled, to go on with; `None` for a read.
@@ -56,7 +58,8 @@ impl Replica {
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.get_mut(&id).expect("the request of a read exists");
         op.stage = Stage::Repair;
-        op.repair = Some(Repair { tried: Vec::new(), request: None, resume: None });
+        let blocks = op.blocks;
+        op.repair = Some(Repair { blocks, tried: Vec::new(), request: None, resume: None });
         let (blocks, shared) = (op.blocks, op.lock.take().expect("a read holds its lock"));
         let let_in = primary.locks.release(shared);
         let (lock, granted) = primary.locks.acquire(blocks, true, LockOwner::Op(id));
@@ -71,17 +74,19 @@ impl Replica {
         }
     }
 
-    /// An edge of a partial write can't be read; the write already holds the exclusive lock.
+    /// An edge of part `n` of a partial write can't be read; the write already holds the exclusive lock.
     pub(super) fn begin_edge_repair(&mut self, id: OpId, n: usize) {
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.get_mut(&id).expect("the request of a fill exists");
-        if op.repair.is_some() {
-            return; // the other edge asked already; all of the range is mended at once
+        let blocks = op.plan[n].blocks;
+        op.repairs += 1;
+        if op.repairs > op.plan.len() {
+            // Each part was mended once: this disk does not keep what it is given.
+            return self.finish(id, Err(ClientError::Io));
         }
-        let _ = n;
         op.stage = Stage::Repair;
         let resume = Some(std::mem::take(&mut op.plan));
-        op.repair = Some(Repair { tried: Vec::new(), request: None, resume });
+        op.repair = Some(Repair { blocks, tried: Vec::new(), request: None, resume });
         self.ask_for_repair(id);
     }
 
@@ -89,9 +94,9 @@ impl Replica {
     pub(super) fn ask_for_repair(&mut self, id: OpId) {
         let Some(primary) = &self.primary else { return };
         let op = &primary.ops[&id];
-        let tried = op.repair.as_ref().map(|r| r.tried.clone()).unwrap_or_default();
+        let Some(repair) = &op.repair else { return };
+        let (blocks, tried) = (repair.blocks, &repair.tried);
         let candidates: Vec<NodeId> = primary.acks.keys().copied().filter(|n| !tried.contains(n)).collect();
-        let blocks = op.blocks;
         let next = candidates.into_iter().find_map(|n| self.reported_session(n).map(|s| (n, s)));
         let Some((node, session)) = next else {
             return self.repair_impossible(id);
@@ -129,11 +134,12 @@ impl Replica {
             return;
         };
         let id = *id;
+        let blocks = op.repair.as_ref().map_or(op.blocks, |r| r.blocks);
         match payload {
             Some(payload)
-                if u64::from(payload.len) == op.blocks.count * u64::from(self.geometry.block_size()) =>
+                if u64::from(payload.len) == blocks.count * u64::from(self.geometry.block_size()) =>
             {
-                op.plan = vec![Planned { blocks: op.blocks, payload: Some(payload), head: 0, tail: 0 }];
+                op.plan = vec![Planned { blocks, payload: Some(payload), head: 0, tail: 0 }];
                 self.queue_for_intent(id);
             }
             Some(payload) => {
@@ -160,9 +166,9 @@ impl Replica {
     pub(super) fn repaired(&mut self, id: OpId) {
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.get_mut(&id).expect("a repaired request exists");
-        let blocks = op.blocks;
         let payload = op.plan[0].payload.expect("a repair has content");
         let repair = op.repair.take().expect("a repair is under way");
+        let blocks = repair.blocks;
         self.event(Event::Repaired { blocks });
         if let Some(plan) = repair.resume {
             self.release(payload.buf);
@@ -186,12 +192,13 @@ impl Replica {
         }
     }
 
-    /// Buffers of a write that waits for a repair.
-    pub(super) fn release_saved_plan(&mut self, op: &Op) {
-        let Some(plan) = op.repair.as_ref().and_then(|r| r.resume.as_ref()) else { return };
+    /// Buffers of a write that waits for a repair; false if it does not.
+    pub(super) fn release_saved_plan(&mut self, op: &Op) -> bool {
+        let Some(plan) = op.repair.as_ref().and_then(|r| r.resume.as_ref()) else { return false };
         for payload in plan.iter().filter_map(|p| p.payload) {
             self.release(payload.buf);
         }
         debug_assert!(matches!(op.request.op, ClientOp::Write(_) | ClientOp::Zero));
+        true
     }
 }

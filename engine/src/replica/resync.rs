@@ -13,8 +13,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::types::{
-    BlockRange, ConfigView, Incarnation, Member, Nanos, NodeId, RegionIndex, ReplicaSlot, ResyncProgress,
-    SuperblockTrust,
+    BlockRange, ConfigView, Incarnation, Member, Nanos, NodeId, RegionIndex, Reign, ReplicaSlot,
+    ResyncProgress, SuperblockTrust,
 };
 use crate::wire::{BaseContent, PeerMsg, PeerReport, RunsKind, WriteSeq};
 
@@ -22,12 +22,15 @@ use crate::meta::PagedBitmap;
 
 use super::Replica;
 use super::chunk::{Chunk, ChunkId};
-use super::io::Event;
+use super::io::{Event, Output};
 use super::suspects::Suspect;
 
 /// Bytes of live writes that a target may leave unanswered before further ones are not sent to it (their
 /// bits stay set). Inside the ack set there is no such limit: it is waited for.
 const LIVE_BYTES_MAX: u64 = 32 << 20;
+
+/// The reign in which a volume is created.
+const FIRST_REIGN: Reign = Reign(1);
 
 /// Where a target stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +51,16 @@ pub(super) enum TargetPhase {
     Reconciled,
 }
 
+/// What the target was asked and has not answered.
+#[derive(Debug)]
+pub(super) struct Request {
+    pub(super) chunk: ChunkId,
+    pub(super) blocks: BlockRange,
+    /// A comparison; else a copy.
+    pub(super) compare: bool,
+    pub(super) asked: Nanos,
+}
+
 /// A replica that is being resynced, or a member being reconciled.
 #[derive(Debug)]
 pub(super) struct Target {
@@ -60,7 +73,7 @@ pub(super) struct Target {
     compare: Suspect,
     pub(super) cursor: u64,
     pub(super) chunks: BTreeMap<ChunkId, Chunk>,
-    pub(super) requests: BTreeMap<u64, (ChunkId, BlockRange)>,
+    pub(super) requests: BTreeMap<u64, Request>,
     pub(super) live: BTreeMap<u64, WriteSeq>,
     unanswered: BTreeMap<WriteSeq, BlockRange>,
     unanswered_bytes: u64,
@@ -78,6 +91,12 @@ impl Target {
 
     pub(super) fn compares(&self, region: RegionIndex) -> bool {
         self.everything || self.compare.contains(region)
+    }
+
+    /// Takes an answer to a question of this kind; an answer to another is none.
+    pub(super) fn answered(&mut self, request: u64, compare: bool) -> Option<Request> {
+        self.requests.get(&request).filter(|r| r.compare == compare)?;
+        self.requests.remove(&request)
     }
 
     fn copies(&self) -> bool {
@@ -98,12 +117,22 @@ pub(super) enum Verdict {
 
 /// Judges what a returning replica says of itself against the committed config [design 7]. Both replicas'
 /// metadata never decide who copies from whom: the config does.
-pub(super) fn judge(report: &PeerReport, node: NodeId, me: Member, config: &ConfigView) -> Verdict {
+///
+/// `untouched`: the bitmap for it names every block ever written, because nothing was ever copied to it.
+pub(super) fn judge(
+    report: &PeerReport,
+    node: NodeId,
+    me: Member,
+    config: &ConfigView,
+    untouched: bool,
+) -> Verdict {
     let blank = report.member.is_none() && report.inconsistent.is_none();
+    // A later lineage may have started from an older epoch than an earlier one did.
+    let forks = config.history.iter().skip_while(|f| f.lineage != report.lineage).map(|f| f.fork_epoch);
     let foreign = if report.lineage == config.lineage || report.trust == SuperblockTrust::None {
         false
-    } else if let Some(fork) = config.history.iter().find(|f| f.lineage == report.lineage) {
-        report.epoch > fork.fork_epoch
+    } else if let Some(common) = forks.min() {
+        report.epoch > common
     } else if blank && report.base == BaseContent::Zero {
         false
     } else {
@@ -124,8 +153,12 @@ pub(super) fn judge(report: &PeerReport, node: NodeId, me: Member, config: &Conf
         }
         (Some(_), _) => Verdict::Everything { foreign, reason: "it is not the copy that was last in sync" },
         (None, _) if resumed => Verdict::Known { foreign, reason: "its resync goes on" },
-        (None, BaseContent::Zero) if last_member.is_none() => {
+        (None, BaseContent::Zero) if last_member.is_none() && untouched => {
             Verdict::Known { foreign, reason: "it is new and all zeroes" }
+        }
+        // What was copied to the disk that it had before is in no bitmap any more.
+        (None, BaseContent::Zero) if last_member.is_none() => {
+            Verdict::Everything { foreign, reason: "it is new, and what it lacks is not on record" }
         }
         (None, BaseContent::Zero) => Verdict::Everything { foreign, reason: "its disk was replaced" },
         (None, _) => Verdict::Everything { foreign, reason: "what it holds is not known" },
@@ -167,7 +200,9 @@ impl Replica {
         let Some(session) = self.reported_session(node) else { return };
         let (Some(config), Some(peer)) = (&self.config, self.peers.get(&node)) else { return };
         let (Some(report), None) = (peer.report, &peer.refused) else { return };
-        let verdict = judge(&report, node, self.me, config);
+        // Only the first primary, in its first run, knows that nobody else has copied anything to it.
+        let untouched = config.reign == FIRST_REIGN && !peer.copied_to;
+        let verdict = judge(&report, node, self.me, config, untouched);
         let (epoch, reign) = (config.epoch, config.reign);
         let (everything, foreign, reason) = match verdict {
             Verdict::Known { foreign, reason } => (false, foreign, reason),
@@ -239,7 +274,9 @@ impl Replica {
         target.phase = TargetPhase::Copying;
         let slot = target.slot;
         let blocks = self.geometry.blocks();
-        let foreign = self.peers.get_mut(&node).map(|p| std::mem::take(&mut p.foreign)).unwrap_or_default();
+        let Some(peer) = self.peers.get_mut(&node) else { return };
+        peer.copied_to = true;
+        let foreign = std::mem::take(&mut peer.foreign);
         if foreign.is_empty() {
             return;
         }
@@ -282,15 +319,6 @@ impl Replica {
         target.unanswered_bytes += bytes;
         for block in blocks.iter() {
             target.live.insert(block.0, seq);
-        }
-    }
-
-    /// No write under way counts as the newest for these blocks any more, at any target.
-    pub(super) fn forget_live_everywhere(&mut self, blocks: BlockRange) {
-        let nodes: Vec<NodeId> =
-            self.primary.as_ref().map(|p| p.targets.keys().copied().collect()).unwrap_or_default();
-        for node in nodes {
-            self.forget_live(node, blocks);
         }
     }
 
@@ -442,8 +470,26 @@ impl Replica {
         }
     }
 
+    /// A target holds range locks and, in the ack set, client writes. One that has fallen silent or hangs is
+    /// let go with its session; when it is back its resync goes on where it stopped. Whoever is proposed for
+    /// the set stays until that is decided.
+    fn end_stuck_targets(&mut self) {
+        let Some(primary) = &self.primary else { return };
+        let undecided = |t: &Target| !t.member && t.phase != TargetPhase::Proposed;
+        let nodes: Vec<NodeId> =
+            primary.targets.iter().filter(|(_, t)| undecided(t)).map(|(node, _)| *node).collect();
+        for node in nodes {
+            let Some(session) = self.peers.get(&node).and_then(|p| p.session) else { continue };
+            if let Some(reason) = self.unresponsive(node) {
+                self.session_down(session.id);
+                self.out.push_back(Output::CloseSession(session.id, format!("its resync stops: {reason}")));
+            }
+        }
+    }
+
     /// Measures the speed of each resync, once a second.
     pub(super) fn tick_resync(&mut self) {
+        self.end_stuck_targets();
         let now = self.now;
         let Some(primary) = &mut self.primary else { return };
         for target in primary.targets.values_mut() {

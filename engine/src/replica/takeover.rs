@@ -17,7 +17,7 @@ impl Replica {
     pub(super) fn become_primary(&mut self) {
         let Some(config) = &self.config else { return };
         let reign = config.reign;
-        self.primary = Some(Box::new(Primary::new(reign)));
+        self.primary = Some(Box::new(Primary::new(reign, self.now)));
         self.discard_all_incoming();
         // Whatever an intent region holds, others may lack it, or hold what is lacking here [R3].
         self.mark_intents_for_all();
@@ -42,7 +42,7 @@ impl Replica {
         let usable = self.config_usable();
         let others = self.other_members();
         let Some(primary) = &mut self.primary else { return };
-        let Phase::TakingOver { flush, reconciled } = &mut primary.phase else { return };
+        let Phase::TakingOver { flush, reconciled, .. } = &mut primary.phase else { return };
         // What was begun in older reigns has to be on the disk before it is flushed or compared [R7].
         if flush.is_none() {
             if !self.disk.locks.is_empty() || self.failure.is_some() {

@@ -82,8 +82,15 @@ impl Replica {
                 }
             }
             Ok(other) => panic!("filling edges completed with {other:?}"),
-            // The block under the edge can't be read: mend it from a member's copy, then go on [R20].
-            Err(_) => self.begin_edge_repair(id, n),
+            // The block under the edge can't be read: once the other edge is back it is mended from a
+            // member's copy, then the write goes on [R20].
+            Err(_) => {
+                op.unfilled.push(n);
+                op.left -= 1;
+                if op.left == 0 {
+                    self.fill_complete(id);
+                }
+            }
         }
     }
 
@@ -97,10 +104,12 @@ impl Replica {
     }
 
     fn fill_complete(&mut self, id: OpId) {
-        let error = self.primary.as_ref().and_then(|p| p.ops.get(&id)).and_then(|op| op.error);
-        match error {
-            Some(error) => self.finish(id, Err(error)),
-            None => self.queue_for_intent(id),
+        let Some(op) = self.primary.as_mut().and_then(|p| p.ops.get_mut(&id)) else { return };
+        let unfilled = std::mem::take(&mut op.unfilled);
+        match (op.error, unfilled.first()) {
+            (Some(error), _) => self.finish(id, Err(error)),
+            (None, Some(part)) => self.begin_edge_repair(id, *part),
+            (None, None) => self.queue_for_intent(id),
         }
     }
 
@@ -262,27 +271,10 @@ impl Replica {
     pub(super) fn local_write_done(&mut self, seq: WriteSeq, result: Result<DiskResult, DiskErrorKind>) {
         let alone = self.config.as_ref().is_some_and(|c| c.in_sync == [self.me]);
         let Some(primary) = &mut self.primary else { return };
-        // A joiner may hold the write and become a member at any moment: then there is who takes over.
-        let alone = alone && primary.acks.is_empty();
         let Some(part) = primary.parts.get_mut(&seq) else { return };
         match result {
             Ok(_) => part.local_done = true,
-            Err(kind) if alone => {
-                // Nobody could take over: the client has to know. What the blocks hold here is open, and a
-                // resync target may have got the write: whatever it answers, it lacks them.
-                part.local_done = true;
-                part.waiting.clear();
-                let blocks = part.blocks;
-                let error = match kind {
-                    DiskErrorKind::NoSpace => ClientError::NoSpace,
-                    DiskErrorKind::Io => ClientError::Io,
-                };
-                if let Some(op) = primary.ops.get_mut(&part.op) {
-                    op.error = Some(error);
-                }
-                self.mark_missing(blocks);
-                self.forget_live_everywhere(blocks);
-            }
+            Err(kind) if alone && primary.member_joining().is_none() => self.only_copy_failed(seq, kind),
             Err(kind) => {
                 return self.fail(format!(
                     "writing data failed: {kind}; the role is handed over, mend the disk (or free space) and \
@@ -291,6 +283,26 @@ impl Replica {
             }
         }
         self.part_progress(seq);
+    }
+
+    /// The only member could not write, and nobody could take over: the client has to know. The block is
+    /// not acknowledged, what it holds is open. A replica in resync may hold what is lacking here, and may
+    /// have had its bit cleared for it: its resync begins anew, with the block in the set.
+    fn only_copy_failed(&mut self, seq: WriteSeq, kind: DiskErrorKind) {
+        self.drop_all_targets();
+        let Some(primary) = &mut self.primary else { return };
+        let Some(part) = primary.parts.get_mut(&seq) else { return };
+        part.local_done = true;
+        part.waiting.clear();
+        let blocks = part.blocks;
+        let error = match kind {
+            DiskErrorKind::NoSpace => ClientError::NoSpace,
+            DiskErrorKind::Io => ClientError::Io,
+        };
+        if let Some(op) = primary.ops.get_mut(&part.op) {
+            op.error = Some(error);
+        }
+        self.mark_missing(blocks);
     }
 
     /// A replica has committed a write.

@@ -5,12 +5,46 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Per block the values that it may have.
+pub(super) type Flushable = BTreeMap<u64, BTreeSet<u64>>;
+
+/// What a write makes of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Change {
+    /// Its value is the tag.
+    Whole(u64),
+    /// Some bytes of it: its value is the tag, mixed with what it was.
+    Part(u64),
+}
+
+impl Change {
+    pub(super) fn tag(self) -> u64 {
+        match self {
+            Self::Whole(tag) | Self::Part(tag) => tag,
+        }
+    }
+
+    fn of(self, old: &BTreeSet<u64>) -> BTreeSet<u64> {
+        match self {
+            Self::Whole(tag) => BTreeSet::from([tag]),
+            Self::Part(tag) => old.iter().map(|old| mixed(*old, tag)).collect(),
+        }
+    }
+}
+
+/// A block whose value was `old`, partly overwritten with `tag`. A second mixing replaces the first, as a
+/// buffer whose edges are filled twice does.
+pub(super) fn mixed(old: u64, tag: u64) -> u64 {
+    let fold = old.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
+    (fold << 32) | (tag & 0xffff_ffff)
+}
+
 #[derive(Debug, Default)]
 pub(in super::super) struct History {
-    possible: BTreeMap<u64, BTreeSet<u64>>,
-    under_way: BTreeMap<u64, u64>,
+    possible: Flushable,
+    under_way: BTreeMap<u64, Change>,
     /// Per block the values that may survive a power loss of all nodes: since the last flush.
-    flushed: BTreeMap<u64, BTreeSet<u64>>,
+    flushed: Flushable,
 }
 
 impl History {
@@ -22,15 +56,23 @@ impl History {
         self.under_way.contains_key(&block)
     }
 
-    pub(in super::super) fn write_sent(&mut self, block: u64, tag: u64) {
-        self.values(block).insert(tag);
-        self.flushed.entry(block).or_insert_with(|| BTreeSet::from([0])).insert(tag);
-        assert!(self.under_way.insert(block, tag).is_none(), "one write per block at a time");
+    pub(super) fn write_sent(&mut self, block: u64, change: Change) {
+        // A write whose connection broke may be carried out before this one or in the middle of a part.
+        let new = change.of(self.values(block));
+        self.values(block).extend(&new);
+        self.flushed.entry(block).or_insert_with(|| BTreeSet::from([0])).extend(&new);
+        assert!(self.under_way.insert(block, change).is_none(), "one write per block at a time");
     }
 
-    pub(in super::super) fn write_acked(&mut self, block: u64, tag: u64) {
-        assert_eq!(self.under_way.remove(&block), Some(tag), "acknowledged twice, or never sent");
-        *self.values(block) = BTreeSet::from([tag]);
+    pub(super) fn write_acked(&mut self, block: u64, change: Change) {
+        assert_eq!(self.under_way.remove(&block), Some(change), "acknowledged twice, or never sent");
+        let new = change.of(self.values(block));
+        *self.values(block) = new;
+    }
+
+    /// The values that a block may have now.
+    pub(super) fn allowed(&self, block: u64) -> BTreeSet<u64> {
+        self.possible.get(&block).cloned().unwrap_or_else(|| BTreeSet::from([0]))
     }
 
     /// The connection broke: the write may have taken effect.
@@ -47,12 +89,12 @@ impl History {
     }
 
     /// The values of each block right now, to be handed to `flush_acked` if a flush sent now succeeds.
-    pub(in super::super) fn flush_sent(&self) -> BTreeMap<u64, BTreeSet<u64>> {
+    pub(super) fn flush_sent(&self) -> Flushable {
         self.possible.clone()
     }
 
     /// A flush ended: what is possible now is what was possible when it was sent, or written since.
-    pub(in super::super) fn flush_acked(&mut self, sent: &BTreeMap<u64, BTreeSet<u64>>) {
+    pub(super) fn flush_acked(&mut self, sent: &Flushable) {
         for (block, then) in sent {
             let now = self.possible[block].clone();
             self.flushed.insert(*block, then.union(&now).copied().collect());

@@ -5,12 +5,15 @@
 //! Blocks hold a tag instead of bytes. The world keeps what clients were told and checks that no
 //! acknowledged write is lost and nothing stale is read.
 
+mod breaks;
+mod committed;
 mod disk;
 mod history;
 mod power;
 mod random;
 mod scenarios;
 mod scenarios_faults;
+mod scenarios_schedules;
 mod world;
 
 pub(super) use disk::TestDisk;

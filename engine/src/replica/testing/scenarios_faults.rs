@@ -136,7 +136,7 @@ fn a_returning_replica_has_three_outcomes() {
     world.crash(node(2));
     world.run(20);
     let good = report(&world);
-    let judged = |r: &PeerReport| judge(r, node(2), me, &world.config);
+    let judged = |r: &PeerReport| judge(r, node(2), me, &world.config, true);
     assert!(matches!(judged(&good), Verdict::Known { foreign: false, .. }));
     let doubtful = PeerReport { trust: SuperblockTrust::Doubtful, ..good };
     assert!(matches!(judged(&doubtful), Verdict::Everything { .. }), "[R16]");
@@ -149,9 +149,9 @@ fn a_returning_replica_has_three_outcomes() {
     let mut forked = world.config.clone();
     forked.history.push(crate::types::LineageFork { lineage: forked.lineage, fork_epoch: Epoch(2) });
     forked.lineage = LineageId(101);
-    assert!(matches!(judge(&good, node(2), me, &forked), Verdict::Known { foreign: true, .. }));
+    assert!(matches!(judge(&good, node(2), me, &forked, true), Verdict::Known { foreign: true, .. }));
     let before_fork = PeerReport { epoch: Epoch(2), ..good };
-    assert!(matches!(judge(&before_fork, node(2), me, &forked), Verdict::Known { foreign: false, .. }));
+    assert!(matches!(judge(&before_fork, node(2), me, &forked, true), Verdict::Known { foreign: false, .. }));
 }
 
 #[test]

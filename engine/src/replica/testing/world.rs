@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use crate::meta::{DataIdentity, Image, Superblock};
 use crate::types::{
-    BlockRange, ClusterId, ConfigView, Epoch, Geometry, Health, Incarnation, LineageFork, LineageId,
-    LogIndex, Member, Nanos, NodeId, Proposal, ProposalId, ProposalKind, ProposalOutcome, Reign, ReplicaSlot,
-    ReplicaView, VolumeId, VolumeSettings,
+    BlockRange, ClusterId, ConfigView, Epoch, Geometry, Incarnation, LineageId, LogIndex, Member, Nanos,
+    NodeId, Proposal, ProposalId, ProposalOutcome, Reign, ReplicaSlot, ReplicaView, VolumeId, VolumeSettings,
 };
 use crate::wire::{BaseContent, BufId, Payload, PeerMsg, SessionId};
 
@@ -16,6 +15,7 @@ use super::super::io::{
     DiskRequest, DiskResult, Event, Lease, Output, PeerInput, ReplyData,
 };
 use super::super::{Boot, Replica};
+use super::history::{Change, Flushable, mixed};
 use super::{History, Rng, TestDisk};
 
 pub(in super::super) const BLOCK: u64 = 4096;
@@ -41,17 +41,17 @@ impl Default for Options {
 }
 
 #[derive(Debug)]
-struct Buf {
+pub(super) struct Buf {
     tags: Vec<u64>,
     refs: u32,
 }
 
 /// A client request without an answer.
 #[derive(Debug, Clone)]
-enum Asked {
-    Write { block: u64, tag: u64 },
+pub(super) enum Asked {
+    Write(Vec<(u64, Change)>),
     Read { block: u64 },
-    Flush(BTreeMap<u64, BTreeSet<u64>>),
+    Flush(Flushable),
 }
 
 #[derive(Debug)]
@@ -59,17 +59,17 @@ pub(in super::super) struct Node {
     pub(in super::super) replica: Option<Replica>,
     pub(in super::super) incarnation: Incarnation,
     pub(in super::super) disk: TestDisk,
-    os_boot: u128,
+    pub(super) os_boot: u128,
     pub(in super::super) pending: VecDeque<DiskRequest>,
     pub(in super::super) disk_paused: bool,
     /// Hears no config, gets no lease, no outcome.
     pub(in super::super) cut_off: bool,
     seen: LogIndex,
-    outcomes: VecDeque<(ProposalId, ProposalOutcome)>,
-    bufs: BTreeMap<u32, Buf>,
+    pub(super) outcomes: VecDeque<(ProposalId, ProposalOutcome)>,
+    pub(super) bufs: BTreeMap<u32, Buf>,
     next_buf: u32,
     pub(in super::super) lease_until: u64,
-    asked: BTreeMap<(ConnId, Cookie), Asked>,
+    pub(super) asked: BTreeMap<(ConnId, Cookie), Asked>,
     next_cookie: u64,
     conn: u64,
     pub(in super::super) events: Vec<Event>,
@@ -77,10 +77,10 @@ pub(in super::super) struct Node {
 }
 
 /// A message and the content that it carries.
-type OnWire = (PeerMsg, Option<Vec<u64>>);
+pub(super) type OnWire = (PeerMsg, Option<Vec<u64>>);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Link(NodeId, NodeId);
+pub(super) struct Link(pub(super) NodeId, pub(super) NodeId);
 
 #[derive(Debug)]
 pub(in super::super) struct World {
@@ -90,11 +90,11 @@ pub(in super::super) struct World {
     pub(in super::super) rng: Rng,
     pub(in super::super) now: u64,
     /// Messages under way, per direction, with their content copied out of the sender's buffers.
-    wires: BTreeMap<Link, VecDeque<OnWire>>,
-    sessions: BTreeMap<Link, SessionId>,
-    cut: BTreeSet<Link>,
-    silent: BTreeSet<Link>,
-    replaced: bool,
+    pub(super) wires: BTreeMap<Link, VecDeque<OnWire>>,
+    pub(super) sessions: BTreeMap<Link, SessionId>,
+    pub(super) cut: BTreeSet<Link>,
+    pub(super) silent: BTreeSet<Link>,
+    pub(super) replaced: bool,
     pub(in super::super) clogged: BTreeSet<NodeId>,
     next_session: u64,
     next_tag: u64,
@@ -103,6 +103,8 @@ pub(in super::super) struct World {
     pub(in super::super) sent: BTreeMap<&'static str, u64>,
     pub(in super::super) acked_writes: u64,
     pub(in super::super) acked_flushes: u64,
+    /// Clients may be told of errors: a disk of the only replica fails.
+    pub(in super::super) errors_allowed: bool,
 }
 
 impl World {
@@ -149,14 +151,17 @@ impl World {
             sent: BTreeMap::new(),
             acked_writes: 0,
             acked_flushes: 0,
+            errors_allowed: false,
         };
         for n in 1..=options.replicas {
-            world.add_node(node(n), geometry);
+            world.add_node(node(n));
         }
         world
     }
 
-    fn add_node(&mut self, id: NodeId, geometry: Geometry) {
+    /// A disk as a new replica has it: all zeroes, new metadata.
+    pub(super) fn blank_disk(&self, id: NodeId) -> TestDisk {
+        let geometry = self.config.geometry;
         let slots: Vec<ReplicaSlot> = self.config.replicas.iter().map(|r| r.slot).collect();
         let mine = self.config.slot(id).unwrap();
         let superblock = Superblock {
@@ -184,6 +189,20 @@ impl World {
         for (offset, bytes) in image.encode_all() {
             disk.write_meta(offset, &bytes);
         }
+        disk
+    }
+
+    /// The volume gets one more replica.
+    pub(in super::super) fn add_replica(&mut self, id: NodeId) {
+        let mut next = self.config.clone();
+        let slot = ReplicaSlot(u8::try_from(next.replicas.len()).unwrap());
+        next.replicas.push(ReplicaView { node: id, slot, last_member: None });
+        self.commit(next);
+        self.add_node(id);
+    }
+
+    fn add_node(&mut self, id: NodeId) {
+        let disk = self.blank_disk(id);
         let fresh = Node {
             replica: None,
             incarnation: Incarnation { boot: 0, nonce: id.0 },
@@ -231,64 +250,20 @@ impl World {
         self.collect(id);
     }
 
-    /// The process dies. Disk requests in flight land, or not, or in part.
-    pub(in super::super) fn crash(&mut self, id: NodeId) {
-        let n = self.nodes.get_mut(&id).unwrap();
-        n.replica = None;
-        let pending: Vec<_> = n.pending.drain(..).collect();
-        for request in pending {
-            let n = self.nodes.get_mut(&id).unwrap();
-            match request.op {
-                DiskOp::MetaWrite { offset, bytes } => match self.rng.below(3) {
-                    0 => n.disk.write_meta(offset, &bytes),
-                    1 => n.disk.tear_meta(offset, &bytes, &mut self.rng),
-                    _ => {}
-                },
-                DiskOp::Write { .. } | DiskOp::Zero { .. } if self.rng.chance(50) => {
-                    self.land(id, &request.op);
-                }
-                _ => {}
-            }
-        }
-        let n = self.nodes.get_mut(&id).unwrap();
-        n.bufs.clear();
-        n.outcomes.clear();
-        n.disk_paused = false;
-        self.lose_clients(id);
-        for other in self.others(id) {
-            self.disconnect(id, other);
-        }
-    }
-
-    pub(in super::super) fn power_off(&mut self, id: NodeId) {
-        if self.nodes[&id].replica.is_some() {
-            self.crash(id);
-        }
-        let (nodes, rng) = (&mut self.nodes, &mut self.rng);
-        let n = nodes.get_mut(&id).unwrap();
-        n.disk.lose_power(rng);
-        n.os_boot += 1;
-    }
-
-    fn others(&self, id: NodeId) -> Vec<NodeId> {
+    pub(super) fn others(&self, id: NodeId) -> Vec<NodeId> {
         self.nodes.keys().copied().filter(|n| *n != id).collect()
     }
 
-    fn lose_clients(&mut self, id: NodeId) {
+    pub(super) fn lose_clients(&mut self, id: NodeId) {
         let n = self.nodes.get_mut(&id).unwrap();
         n.conn += 1;
         for asked in std::mem::take(&mut n.asked).into_values() {
-            if let Asked::Write { block, .. } = asked {
-                self.history.write_lost(block);
+            if let Asked::Write(changes) = asked {
+                for (block, _) in changes {
+                    self.history.write_lost(block);
+                }
             }
         }
-    }
-
-    /// Starts with a data object that is not the one the metadata belongs to.
-    pub(in super::super) fn start_replaced(&mut self, id: NodeId) {
-        self.replaced = true;
-        self.start(id);
-        self.replaced = false;
     }
 
     pub(in super::super) fn image(&self, id: NodeId) -> Image {
@@ -301,18 +276,6 @@ impl World {
         let slots: Vec<_> =
             self.config.replicas.iter().map(|r| r.slot).filter(|s| Some(*s) != mine).collect();
         Image::read(&mut read, &slots).expect("the superblock is readable")
-    }
-
-    /// Flips a bit in every page of every dirty bitmap.
-    pub(in super::super) fn damage_bitmaps(&mut self, id: NodeId) {
-        let area = self.image(id).layout().area(crate::meta::Area::Dirty(ReplicaSlot(0))).offset();
-        for (offset, bytes) in &mut self.nodes.get_mut(&id).unwrap().disk.meta {
-            if *offset >= area {
-                for page in bytes.chunks_mut(512) {
-                    page[100] ^= 4;
-                }
-            }
-        }
     }
 
     /// The connections of the clients end.
@@ -348,50 +311,9 @@ impl World {
         matches!(self.apply(&proposal), ProposalOutcome::Refused(_))
     }
 
-    /// Messages from `a` to `b` wait.
-    pub(in super::super) fn cut_wire(&mut self, a: NodeId, b: NodeId) {
-        self.silent.insert(Link(a, b));
-    }
-
-    pub(in super::super) fn restore_wires(&mut self) {
-        self.silent.clear();
-    }
-
-    /// Settles while `id` does nothing.
-    pub(in super::super) fn settle_without(&mut self, id: NodeId) {
-        self.nodes.get_mut(&id).unwrap().disk_paused = true;
-        self.settle();
-        self.nodes.get_mut(&id).unwrap().disk_paused = false;
-    }
-
-    // Links.
-
-    pub(in super::super) fn cut(&mut self, a: NodeId, b: NodeId) {
-        self.cut.insert(Link(a, b));
-        self.cut.insert(Link(b, a));
-        self.disconnect(a, b);
-    }
-
-    pub(in super::super) fn heal(&mut self) {
-        self.cut.clear();
-        self.silent.clear();
-        self.clogged.clear();
-        for n in self.nodes.values_mut() {
-            n.cut_off = false;
-            n.disk_paused = false;
-        }
-    }
-
-    pub(in super::super) fn disconnect(&mut self, a: NodeId, b: NodeId) {
-        for (me, other) in [(a, b), (b, a)] {
-            self.wires.remove(&Link(me, other));
-            let session = self.sessions.remove(&Link(me, other));
-            let now = Nanos(self.now);
-            if let (Some(session), Some(r)) = (session, self.nodes.get_mut(&me).unwrap().replica.as_mut()) {
-                r.handle_peer(now, PeerInput::Down(session));
-                self.collect(me);
-            }
-        }
+    /// The session from `a` to `b`, as `a` counts it.
+    pub(in super::super) fn session(&self, a: NodeId, b: NodeId) -> SessionId {
+        self.sessions[&Link(a, b)]
     }
 
     fn connect_all(&mut self) {
@@ -449,8 +371,15 @@ impl World {
                     _ => None,
                 };
                 if let Some(asked) = n.asked.remove(&(conn, cookie)) {
-                    assert!(result.is_ok(), "{id} answers {asked:?} with {result:?}");
-                    self.answered(id, asked, tags);
+                    assert!(result.is_ok() || self.errors_allowed, "{id} answers {asked:?} with {result:?}");
+                    match (result, asked) {
+                        (Ok(_), asked) => self.answered(id, asked, tags),
+                        // What a failed write left behind is open.
+                        (Err(_), Asked::Write(changes)) => {
+                            changes.iter().for_each(|(block, _)| self.history.write_lost(*block));
+                        }
+                        (Err(_), _) => {}
+                    }
                 }
             }
             Output::Release(buf) => Self::release(n, buf),
@@ -527,30 +456,59 @@ impl World {
     /// A client writes one block; returns the tag.
     pub(in super::super) fn write(&mut self, id: NodeId, block: u64, fua: bool) -> u64 {
         let tag = self.next_tag;
-        self.next_tag += 1;
-        self.history.write_sent(block, tag);
-        let n = self.nodes.get_mut(&id).unwrap();
-        let payload = Self::new_buf(n, vec![tag]);
-        self.ask(id, ClientOp::Write(payload), block, fua, Asked::Write { block, tag });
+        self.write_bytes(id, block * BLOCK, BLOCK, fua);
         tag
     }
 
+    /// A client writes any bytes; each block gets a tag of its own.
+    pub(in super::super) fn write_bytes(&mut self, id: NodeId, offset: u64, len: u64, fua: bool) {
+        let mut changes = Vec::new();
+        for (block, whole) in blocks_of(offset, len) {
+            let tag = self.next_tag;
+            self.next_tag += 1;
+            changes.push((block, if whole { Change::Whole(tag) } else { Change::Part(tag) }));
+        }
+        let tags = changes.iter().map(|(_, change)| change.tag()).collect();
+        let payload = Self::new_buf(self.nodes.get_mut(&id).unwrap(), tags);
+        self.change(id, ClientOp::Write(payload), (offset, len), fua, changes);
+    }
+
+    /// A client writes zeroes.
+    pub(in super::super) fn zero_bytes(&mut self, id: NodeId, offset: u64, len: u64) {
+        let change = |whole| if whole { Change::Whole(0) } else { Change::Part(0) };
+        let changes = blocks_of(offset, len).map(|(block, whole)| (block, change(whole))).collect();
+        self.change(id, ClientOp::Zero, (offset, len), false, changes);
+    }
+
+    fn change(
+        &mut self,
+        id: NodeId,
+        op: ClientOp,
+        (offset, len): (u64, u64),
+        fua: bool,
+        changes: Vec<(u64, Change)>,
+    ) {
+        for (block, change) in &changes {
+            self.history.write_sent(*block, *change);
+        }
+        self.ask(id, op, (offset, len), fua, Asked::Write(changes));
+    }
+
     pub(in super::super) fn read(&mut self, id: NodeId, block: u64) {
-        self.ask(id, ClientOp::Read, block, false, Asked::Read { block });
+        self.ask(id, ClientOp::Read, (block * BLOCK, BLOCK), false, Asked::Read { block });
     }
 
     pub(in super::super) fn flush(&mut self, id: NodeId) {
         let sent = self.history.flush_sent();
-        self.ask(id, ClientOp::Flush, 0, false, Asked::Flush(sent));
+        self.ask(id, ClientOp::Flush, (0, 0), false, Asked::Flush(sent));
     }
 
-    fn ask(&mut self, id: NodeId, op: ClientOp, block: u64, fua: bool, asked: Asked) {
+    fn ask(&mut self, id: NodeId, op: ClientOp, (offset, len): (u64, u64), fua: bool, asked: Asked) {
         let n = self.nodes.get_mut(&id).unwrap();
         let (conn, cookie) = (ConnId(n.conn), Cookie(n.next_cookie));
         n.next_cookie += 1;
         n.asked.insert((conn, cookie), asked);
-        let len = if matches!(op, ClientOp::Flush) { 0 } else { BLOCK };
-        let request = ClientRequest { conn, cookie, op, offset: block * BLOCK, len, fua };
+        let request = ClientRequest { conn, cookie, op, offset, len, fua };
         let now = Nanos(self.now);
         self.replica(id).handle_client(now, ClientInput::Request(request));
         self.collect(id);
@@ -558,10 +516,12 @@ impl World {
 
     fn answered(&mut self, id: NodeId, asked: Asked, tags: Option<Vec<u64>>) {
         match asked {
-            Asked::Write { block, tag } => {
+            Asked::Write(changes) => {
                 self.acked_writes += 1;
-                self.history.write_acked(block, tag);
-                self.assert_on_all_members(block, tag);
+                for (block, change) in changes {
+                    self.history.write_acked(block, change);
+                    self.assert_on_all_members(block);
+                }
             }
             Asked::Read { block } => {
                 let value = tags.expect("a read brings content")[0];
@@ -575,18 +535,20 @@ impl World {
     }
 
     /// Design invariant 1: an acknowledged write is present on every member of the committed set.
-    fn assert_on_all_members(&self, block: u64, tag: u64) {
+    fn assert_on_all_members(&self, block: u64) {
         let at = usize::try_from(block).unwrap();
+        let allowed = self.history.allowed(block);
         for member in &self.config.in_sync {
             let n = &self.nodes[&member.node];
             if n.replica.is_none() || n.incarnation != member.incarnation {
                 continue; // died since it acknowledged: one failure
             }
-            assert_eq!(n.disk.data[at], tag, "{} lacks an acknowledged write of block {block}", member.node);
+            let held = n.disk.data[at];
+            assert!(allowed.contains(&held), "{} lacks an acknowledged write of block {block}", member.node);
         }
         if let [only] = self.config.in_sync.as_slice() {
-            let n = &self.nodes[&only.node];
-            assert_eq!(n.disk.stable[at], tag, "alone, and an acknowledged write is not stable [R14]");
+            let held = self.nodes[&only.node].disk.stable[at];
+            assert!(allowed.contains(&held), "alone, and an acknowledged write is not stable [R14]");
         }
     }
 
@@ -596,7 +558,7 @@ impl World {
 
     // Steps.
 
-    fn land(&mut self, id: NodeId, op: &DiskOp) {
+    pub(super) fn land(&mut self, id: NodeId, op: &DiskOp) {
         let n = self.nodes.get_mut(&id).unwrap();
         let (blocks, tags, durable) = match op {
             DiskOp::Write { blocks, buf, durable } => (*blocks, n.bufs[&buf.0].tags.clone(), *durable),
@@ -650,11 +612,19 @@ impl World {
                 let payload = Self::new_buf(n, tags);
                 Ok(DiskResult::Read { payload, all_zero, hashes })
             }
-            DiskOp::FillEdges { buf, blocks, .. } => {
-                if blocks.iter().any(|b| n.disk.bad.contains(&b.0)) {
-                    return Err(DiskErrorKind::Io);
+            DiskOp::FillEdges { buf, blocks, head, tail } => {
+                let tags = &mut n.bufs.get_mut(&buf.0).unwrap().tags;
+                for (edge, block) in [(*head, blocks.start.0), (*tail, blocks.end() - 1)] {
+                    if edge > 0 && n.disk.bad.contains(&block) {
+                        return Err(DiskErrorKind::Io);
+                    }
+                    if edge > 0 {
+                        let old = n.disk.data[usize::try_from(block).unwrap()];
+                        let tag = &mut tags[usize::try_from(block - blocks.start.0).unwrap()];
+                        *tag = mixed(old, *tag);
+                    }
                 }
-                Ok(DiskResult::Filled { crc: crc_of(&n.bufs[&buf.0].tags) })
+                Ok(DiskResult::Filled { crc: crc_of(tags) })
             }
             DiskOp::ZeroBuffer { len } => {
                 let tags = vec![0; usize::try_from(u64::from(*len) / BLOCK).unwrap()];
@@ -800,201 +770,13 @@ impl World {
         }
         self.settle();
     }
+}
 
-    // The committed config.
-
-    fn decide(&mut self, from: NodeId, proposal: Proposal) {
-        let outcome = self.apply(&proposal);
-        let n = self.nodes.get_mut(&from).unwrap();
-        if n.replica.is_some() && n.incarnation == proposal.by.incarnation {
-            n.outcomes.push_back((proposal.id, outcome));
-        }
-    }
-
-    fn apply(&mut self, proposal: &Proposal) -> ProposalOutcome {
-        let config = &self.config;
-        if proposal.expected_epoch != config.epoch || config.primary != Some(proposal.by) {
-            return ProposalOutcome::Refused("the epoch moved on".into());
-        }
-        let mut next = config.clone();
-        match proposal.kind {
-            ProposalKind::Remove(m) if next.in_sync.contains(&m) && m != proposal.by => {
-                next.in_sync.retain(|x| *x != m);
-            }
-            ProposalKind::Join(m) if self.nodes[&m.node].incarnation == m.incarnation => {
-                assert!(config.member(m.node).is_none(), "{} joins twice", m.node);
-                // A proposer that has died left writes under way, which its intent map names.
-                if self.member_now(proposal.by.node) == proposal.by {
-                    self.assert_holds_everything(m.node, proposal.by.node);
-                }
-                next.in_sync.push(m);
-                next.in_sync.sort();
-            }
-            ProposalKind::Move(m) if next.in_sync.contains(&m) => next.primary = Some(m),
-            ProposalKind::Demote => next.primary = None,
-            ProposalKind::HandOver(m) if next.in_sync.contains(&m) && m != proposal.by => {
-                next.in_sync.retain(|x| *x != proposal.by);
-                next.primary = Some(m);
-            }
-            ProposalKind::Bump => {}
-            _ => return ProposalOutcome::Refused("a rule".into()),
-        }
-        self.commit(next);
-        ProposalOutcome::Applied
-    }
-
-    /// Design invariant 6 at a join: the joiner differs only where writes are under way.
-    fn assert_holds_everything(&self, joiner: NodeId, primary: NodeId) {
-        let (a, b) = (&self.nodes[&joiner].disk, &self.nodes[&primary].disk);
-        for block in 0..a.data.len() {
-            if !self.history.busy(block as u64) && self.nodes[&primary].replica.is_some() {
-                let under_way = self.nodes[&primary].asked.len() + self.nodes[&joiner].pending.len() > 0;
-                assert!(
-                    a.data[block] == b.data[block] || under_way,
-                    "{joiner} joins without block {block}: {} there, {} here",
-                    a.data[block],
-                    b.data[block]
-                );
-            }
-        }
-    }
-
-    /// Commits a config: counts the epoch, names the reign.
-    pub(in super::super) fn commit(&mut self, mut next: ConfigView) {
-        next.epoch = self.config.epoch.next();
-        next.index = LogIndex(self.config.index.0 + 1);
-        if next.primary != self.config.primary && next.primary.is_some() {
-            next.reign = Reign(next.epoch.0);
-        }
-        for member in &next.in_sync {
-            let replica = next.replicas.iter_mut().find(|r| r.node == member.node).unwrap();
-            replica.last_member = Some(member.incarnation);
-        }
-        self.config = next;
-    }
-
-    pub(in super::super) fn member_now(&self, id: NodeId) -> Member {
-        Member { node: id, incarnation: self.nodes[&id].incarnation }
-    }
-
-    fn lease_over(&self, id: NodeId) -> bool {
-        let n = &self.nodes[&id];
-        n.replica.is_none() || n.lease_until <= self.now
-    }
-
-    /// What the failover controller does: promotes a named member that is alive if the primary's lease
-    /// is over; if every member restarted, one whose superblock says that it belongs [R6].
-    pub(in super::super) fn failover(&mut self) -> bool {
-        let Some(primary) = self.config.primary else { return false };
-        let named = self.nodes[&primary.node].incarnation == primary.incarnation;
-        let alive = named && self.nodes[&primary.node].replica.is_some();
-        if alive && !self.lease_over(primary.node) {
-            return false;
-        }
-        let candidate = self.config.in_sync.iter().copied().find(|m| {
-            let n = &self.nodes[&m.node];
-            *m != primary && n.replica.is_some() && !n.cut_off && n.incarnation == m.incarnation
-        });
-        if let Some(candidate) = candidate {
-            let mut next = self.config.clone();
-            next.primary = Some(candidate);
-            self.commit(next);
-            return true;
-        }
-        self.restart_promotion()
-    }
-
-    fn restart_promotion(&mut self) -> bool {
-        let all_back = self.config.in_sync.iter().all(|m| {
-            let n = &self.nodes[&m.node];
-            let healthy = n.replica.as_ref().is_some_and(|r| r.health() == Health::Healthy);
-            healthy && n.incarnation != m.incarnation && !n.cut_off
-        });
-        if !all_back {
-            return false;
-        }
-        let reports =
-            self.config.in_sync.iter().map(|m| (m, self.nodes[&m.node].replica.as_ref().unwrap().report()));
-        let eligible = reports.filter(|(m, r)| r.member == Some(m.incarnation) && !r.inconsistent);
-        let Some((chosen, _)) = eligible.max_by_key(|(_, r)| r.same_os_boot) else { return false };
-        let chosen = self.member_now(chosen.node);
-        let mut next = self.config.clone();
-        next.in_sync = vec![chosen];
-        next.primary = Some(chosen);
-        self.commit(next);
-        true
-    }
-
-    pub(in super::super) fn force(&mut self, id: NodeId) {
-        let mut next = self.config.clone();
-        let fork_epoch = self.nodes[&id].replica.as_ref().unwrap().report().epoch;
-        next.history.push(LineageFork { lineage: next.lineage, fork_epoch });
-        next.lineage = LineageId(next.lineage.0 + 1);
-        next.in_sync = vec![self.member_now(id)];
-        next.primary = Some(self.member_now(id));
-        self.commit(next);
-    }
-
-    pub(in super::super) fn serving(&self) -> Option<NodeId> {
-        self.nodes.iter().find(|(_, n)| n.replica.as_ref().is_some_and(Replica::serving)).map(|(id, _)| *id)
-    }
-
-    pub(in super::super) fn all_in_sync(&self) -> bool {
-        let all = self
-            .nodes
-            .iter()
-            .all(|(id, n)| n.replica.is_some() && self.config.in_sync.contains(&self.member_now(*id)));
-        all && self.serving().is_some()
-    }
-
-    /// Faults are over: everything comes back, in bounded time (design invariant 10), and all replicas
-    /// hold the same (invariant 6).
-    pub(in super::super) fn converge(&mut self) {
-        self.heal();
-        self.hold_proposals = false;
-        for id in self.nodes.keys().copied().collect::<Vec<_>>() {
-            if self.nodes[&id].replica.is_none() {
-                self.start(id);
-            }
-        }
-        for _ in 0..400 {
-            self.settle();
-            self.failover();
-            self.pass(Duration::from_millis(50));
-            if self.all_in_sync() && self.nodes.values().all(|n| n.asked.is_empty()) {
-                break;
-            }
-        }
-        self.run(60);
-        assert!(self.all_in_sync(), "not in sync again: {:#?}", self.summary());
-        let asked: usize = self.nodes.values().map(|n| n.asked.len()).sum();
-        assert_eq!(asked, 0, "requests without an answer: {:#?}", self.summary());
-        let data: Vec<_> = self.nodes.values().map(|n| &n.disk.data).collect();
-        assert!(data.windows(2).all(|w| w[0] == w[1]), "replicas differ: {data:?}");
-        let data = data[0].clone();
-        for block in self.history.blocks() {
-            self.history.check_final(block, data[usize::try_from(block).unwrap()]);
-        }
-        for (id, n) in &self.nodes {
-            assert!(n.bufs.is_empty(), "{id} leaks buffers: {:?}", n.bufs);
-            assert!(n.pending.is_empty(), "{id} has disk requests under way: {:?}", n.pending);
-        }
-    }
-
-    pub(in super::super) fn summary(&self) -> Vec<String> {
-        let mut lines = vec![format!("config {:?} {:?}", self.config.primary, self.config.in_sync)];
-        for (id, n) in &self.nodes {
-            let status = n.replica.as_ref().map(Replica::status);
-            lines.push(format!(
-                "{id} {:?} asked {:?} pending {} {status:?}",
-                n.incarnation,
-                n.asked,
-                n.pending.len()
-            ));
-            lines.push(format!("  {:?}", n.events.iter().rev().take(12).collect::<Vec<_>>()));
-        }
-        lines
-    }
+/// The blocks that a byte range touches, and whether it covers them.
+fn blocks_of(offset: u64, len: u64) -> impl Iterator<Item = (u64, bool)> {
+    let end = offset + len;
+    let whole = move |block: u64| offset <= block * BLOCK && (block + 1) * BLOCK <= end;
+    (offset / BLOCK..end.div_ceil(BLOCK)).map(move |block| (block, whole(block)))
 }
 
 fn crc_of(tags: &[u64]) -> u32 {
