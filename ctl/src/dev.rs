@@ -4,7 +4,7 @@
 //! again with `blkrepl serve`; cluster.json follows within [`TICK`]. Ctrl-C ends every node cleanly,
 //! whoever started it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -80,19 +80,11 @@ impl DevCluster {
     /// # Errors
     /// None answers: the last error.
     pub fn status(&self) -> Result<StatusView, AskError> {
-        let mut error = AskError::Refused("there is no node".to_string());
-        let mut second_best: Option<StatusView> = None;
-        for node in &self.supervisor.nodes {
-            match client::status(&node.config.admin) {
-                Ok(view) if view.leader.is_some() => return Ok(view),
-                Ok(view) if second_best.as_ref().is_none_or(|b| b.cluster.is_none()) => {
-                    second_best = Some(view);
-                }
-                Ok(_) => {}
-                Err(e) => error = e,
-            }
-        }
-        second_best.ok_or(error)
+        best_status(&self.admins())
+    }
+
+    fn admins(&self) -> Vec<PathBuf> {
+        self.supervisor.nodes.iter().map(|node| node.config.admin.clone()).collect()
     }
 
     /// Brings cluster.json up to date.
@@ -199,8 +191,7 @@ pub fn run(args: &DevArgs) -> anyhow::Result<()> {
     let mut dev =
         DevCluster::start(&args.dir, &args.volume, args.size, durability, &args.timing, &interrupt)?;
     println!("{}", usage(&dev));
-    let mut served_by: Option<String> = None;
-    let mut next_look = Instant::now();
+    watch_service(dev.admins(), args.volume.clone(), interrupt.clone());
     while !interrupt.is_set() {
         for ended in dev.supervisor.reap() {
             println!(
@@ -212,17 +203,6 @@ pub fn run(args: &DevArgs) -> anyhow::Result<()> {
             );
         }
         dev.refresh()?;
-        if Instant::now() >= next_look {
-            next_look = Instant::now() + Duration::from_secs(1);
-            let now = serving_node(&dev);
-            if now != served_by {
-                match &now {
-                    Some(node) => println!("{} serves {}", node, args.volume),
-                    None => println!("nobody serves {}", args.volume),
-                }
-                served_by = now;
-            }
-        }
         std::thread::sleep(TICK);
     }
     println!("stopping");
@@ -237,10 +217,45 @@ pub fn run(args: &DevArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn serving_node(dev: &DevCluster) -> Option<String> {
-    let view = dev.status().ok()?;
-    let volume = view.volumes.into_iter().find(|v| v.name == dev.supervisor.volume)?;
+/// Tells who serves the volume whenever that changes, until interrupted. On a thread of its own: a node that is
+/// stopped (SIGSTOP) keeps who asks it waiting, and cluster.json must stay true meanwhile.
+fn watch_service(admins: Vec<PathBuf>, volume: String, interrupt: Interrupt) {
+    std::thread::spawn(move || {
+        let mut served_by: Option<String> = None;
+        while !interrupt.is_set() {
+            let now = serving_node(&admins, &volume);
+            if now != served_by && !interrupt.is_set() {
+                match &now {
+                    Some(node) => println!("{node} serves {volume}"),
+                    None => println!("nobody serves {volume}"),
+                }
+                served_by = now;
+            }
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    });
+}
+
+fn serving_node(admins: &[PathBuf], volume: &str) -> Option<String> {
+    let view = best_status(admins).ok()?;
+    let volume = view.volumes.into_iter().find(|v| v.name == volume)?;
     volume.primary.filter(|_| volume.serving)
+}
+
+fn best_status(admins: &[PathBuf]) -> Result<StatusView, AskError> {
+    let mut error = AskError::Refused("there is no node".to_string());
+    let mut second_best: Option<StatusView> = None;
+    for admin in admins {
+        match client::status(admin) {
+            Ok(view) if view.leader.is_some() => return Ok(view),
+            Ok(view) if second_best.as_ref().is_none_or(|b| b.cluster.is_none()) => {
+                second_best = Some(view);
+            }
+            Ok(_) => {}
+            Err(e) => error = e,
+        }
+    }
+    second_best.ok_or(error)
 }
 
 /// How to use a running cluster.

@@ -6,9 +6,10 @@
 //! wants, and exactly as many are taken from the socket.
 //!
 //! At most [`ServerOptions::negotiations_max`] connections of one address negotiate at once. When as many do,
-//! nothing more is accepted there until one of them is through or timed out; clients wait in the kernel's
-//! backlog.
+//! nothing more is accepted there until one of them is through or has had [`CROWDED_TIMEOUT`]; clients wait in
+//! the kernel's backlog. So connections that nobody speaks on cannot keep clients out for long.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -16,7 +17,8 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::Instant;
 
 use crate::export::{Attached, ExportInfo, Exports};
 use crate::listen::{Accepted, ListenAddr, ListenError, Listener};
@@ -26,12 +28,16 @@ use crate::session::Session;
 /// Pause after a failed accept (out of file descriptors, mostly), so that it does not spin.
 const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
 
+/// How long a negotiation may take while as many as allowed are under way; it needs a few round trips.
+const CROWDED_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Limits of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ServerOptions {
     /// Longest time from accept to the transmission phase. A client that takes longer is disconnected.
     pub negotiation_timeout: Duration,
-    /// Most connections that negotiate at once, for each address that the server listens on; at least 1.
+    /// Most connections that negotiate at once, for each address that the server listens on; at least 1. While
+    /// others wait, each is closed after a second.
     pub negotiations_max: usize,
 }
 
@@ -102,18 +108,28 @@ impl Acceptor {
     async fn run(self, mut stopped: watch::Receiver<bool>) {
         // Dropping the set at the end aborts the negotiations that are still under way.
         let mut negotiations = JoinSet::new();
+        let mut by_age: VecDeque<(Instant, AbortHandle)> = VecDeque::new();
         loop {
-            let room = negotiations.len() < self.options.negotiations_max.max(1);
+            by_age.retain(|(_, negotiation)| !negotiation.is_finished());
+            let room = by_age.len() < self.options.negotiations_max.max(1);
+            let oldest = by_age.front().map_or_else(Instant::now, |(since, _)| *since);
             let accepted = tokio::select! {
                 _ = stopped.wait_for(|stop| *stop) => return,
                 Some(_) = negotiations.join_next(), if !negotiations.is_empty() => continue,
+                () = tokio::time::sleep_until(oldest + CROWDED_TIMEOUT), if !room => {
+                    if let Some((_, negotiation)) = by_age.pop_front() {
+                        negotiation.abort();
+                    }
+                    continue;
+                }
                 accepted = self.listener.accept(), if room => accepted,
             };
             match accepted {
                 Ok((stream, peer)) => {
                     let exports = Arc::clone(&self.exports);
                     let timeout = self.options.negotiation_timeout;
-                    negotiations.spawn(async move { serve(stream, &peer, exports.as_ref(), timeout).await });
+                    let serving = async move { serve(stream, &peer, exports.as_ref(), timeout).await };
+                    by_age.push_back((Instant::now(), negotiations.spawn(serving)));
                 }
                 Err(e) => {
                     tracing::warn!("cannot accept an NBD connection: {e}");

@@ -1,23 +1,25 @@
 //! Serves the admin socket: reads request lines, hands them to an [`AdminApi`], writes reply lines.
 //!
-//! Bounded: a request line longer than [`REQUEST_BYTES_MAX`] and more than [`CONNECTIONS_MAX`]
-//! connections at once are refused. The socket is readable and writable by its owner only.
+//! Bounded: a request line longer than [`REQUEST_BYTES_MAX`] is refused, and of [`CONNECTIONS_MAX`]
+//! connections the oldest that waits for no answer makes room for a new one, so that tools which leave
+//! connections open never lock an operator out. The socket is readable and writable by its owner only.
 
 use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use thiserror::Error;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::task::{AbortHandle, JoinSet};
 
 use super::{REQUEST_BYTES_MAX, Reply, Request};
 use crate::events::EventLog;
 
-/// Connections served at once; further ones wait in the listen queue.
+/// Connections served at once.
 pub const CONNECTIONS_MAX: usize = 128;
 
 /// A boxed future of a reply.
@@ -67,18 +69,30 @@ pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
 
 /// Serves until the task is dropped.
 pub async fn serve(listener: UnixListener, api: Arc<dyn AdminApi>, events: Arc<EventLog>) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut connections = JoinSet::new();
+    let mut by_age: Vec<(AbortHandle, Arc<AtomicBool>)> = Vec::new();
     loop {
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
-        match listener.accept().await {
+        let accepted = listener.accept().await;
+        while connections.try_join_next().is_some() {}
+        by_age.retain(|(connection, _)| !connection.is_finished());
+        if by_age.len() >= CONNECTIONS_MAX {
+            match by_age.iter().position(|(_, busy)| !busy.load(Ordering::Relaxed)) {
+                Some(oldest) => by_age.remove(oldest).0.abort(),
+                // Each has a command under way, which is not broken off.
+                None => drop(connections.join_next().await),
+            }
+        }
+        match accepted {
             Ok((stream, _)) => {
                 let (api, events) = (Arc::clone(&api), Arc::clone(&events));
-                tokio::spawn(async move {
-                    let _slot = slot;
-                    if let Err(error) = connection(stream, api, events).await {
+                let busy = Arc::new(AtomicBool::new(false));
+                let waits = Arc::clone(&busy);
+                let task = connections.spawn(async move {
+                    if let Err(error) = connection(stream, api, events, &waits).await {
                         tracing::debug!("admin connection ended: {error}");
                     }
                 });
+                by_age.push((task, busy));
             }
             Err(error) => {
                 tracing::warn!("cannot accept on the admin socket: {error}");
@@ -92,6 +106,7 @@ async fn connection(
     stream: UnixStream,
     api: Arc<dyn AdminApi>,
     events: Arc<EventLog>,
+    busy: &AtomicBool,
 ) -> std::io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut read = BufReader::new(read);
@@ -101,7 +116,12 @@ async fn connection(
                 return follow(after, &events, &mut read, &mut write).await;
             }
             Ok(Request::Events { after, follow: false }) => to_reply(&all_after(after, &events)),
-            Ok(request) => api.handle(request).await,
+            Ok(request) => {
+                busy.store(true, Ordering::Relaxed);
+                let reply = api.handle(request).await;
+                busy.store(false, Ordering::Relaxed);
+                reply
+            }
             Err(error) => Reply::Error(format!(
                 "this node does not understand the request ({error}); use a blkrepl of its version ({})",
                 env!("CARGO_PKG_VERSION")
@@ -232,6 +252,18 @@ mod tests {
         events.record(Some("vol0"), Happening::new("session", "two"));
         assert_eq!(client.receive::<EventRecord>().unwrap().unwrap().text, "two");
         assert!(listen(&socket).unwrap_err().to_string().contains("another process answers"));
+    }
+
+    #[test]
+    fn connections_left_open_do_not_lock_an_operator_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let (socket, _) = start(dir.path());
+        let open: Vec<_> = (0..2 * CONNECTIONS_MAX)
+            .map(|_| std::os::unix::net::UnixStream::connect(&socket).unwrap())
+            .collect();
+        let text: String = ask(&socket, &Request::Status {}, Duration::from_secs(5)).unwrap();
+        assert_eq!(text, "Status");
+        drop(open);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! then the socket goes to the reactor. Nothing of a session's later traffic passes here. A dialer redials
 //! with a growing pause until it is told to end.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,8 +17,8 @@ use blkrepl_engine::wire::{
 use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, sleep_until, timeout};
 
 /// How long connecting and the handshake may take.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -27,6 +28,9 @@ pub const REDIAL_PAUSE_MIN: Duration = Duration::from_millis(50);
 pub const REDIAL_PAUSE_MAX: Duration = Duration::from_millis(500);
 /// Handshakes at once on the accepting side; further ones wait in the listen queue.
 const HANDSHAKES_MAX: usize = 64;
+/// How long a handshake may take while others wait, so that strangers who connect and say nothing do not
+/// keep the peers out.
+const CROWDED_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// Why a session did not come about.
 #[derive(Debug, Error)]
@@ -82,18 +86,31 @@ pub async fn dial(
 
 /// Accepts sessions until the task is dropped.
 pub async fn accept(listener: TcpListener, gate: Arc<dyn PeerGate>) {
-    let slots = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let mut handshakes = JoinSet::new();
+    let mut by_age: VecDeque<(Instant, AbortHandle)> = VecDeque::new();
     loop {
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
-        match listener.accept().await {
+        by_age.retain(|(_, handshake)| !handshake.is_finished());
+        let room = by_age.len() < HANDSHAKES_MAX;
+        let oldest = by_age.front().map_or_else(Instant::now, |(since, _)| *since);
+        let accepted = tokio::select! {
+            Some(_) = handshakes.join_next(), if !handshakes.is_empty() => continue,
+            () = sleep_until(oldest + CROWDED_TIMEOUT), if !room => {
+                if let Some((_, handshake)) = by_age.pop_front() {
+                    handshake.abort();
+                }
+                continue;
+            }
+            accepted = listener.accept(), if room => accepted,
+        };
+        match accepted {
             Ok((stream, from)) => {
                 let gate = Arc::clone(&gate);
-                tokio::spawn(async move {
-                    let _slot = slot;
+                let handshake = handshakes.spawn(async move {
                     if let Err(error) = answer(stream, gate.as_ref()).await {
                         tracing::debug!(%from, "no session: {error}");
                     }
                 });
+                by_age.push_back((Instant::now(), handshake));
             }
             Err(error) => {
                 tracing::warn!("cannot accept a peer: {error}");
@@ -210,6 +227,18 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         assert_eq!(gate.got.lock().unwrap()[0].incarnation, end(1).incarnation);
+    }
+
+    #[tokio::test]
+    async fn strangers_that_say_nothing_do_not_keep_a_peer_out() {
+        let (addr, _gate) = start(None).await;
+        let mut silent = Vec::new();
+        for _ in 0..2 * HANDSHAKES_MAX {
+            silent.push(TcpStream::connect(addr).await.unwrap());
+        }
+        let begun = std::time::Instant::now();
+        dial(addr, &end(1), NodeId(2)).await.unwrap();
+        assert!(begun.elapsed() < HANDSHAKE_TIMEOUT, "{:?}", begun.elapsed());
     }
 
     #[tokio::test]

@@ -7,7 +7,8 @@
 //!
 //! Rules kept here: a client that has shut down is gone at once, and what it sent and nobody read is
 //! dropped; a connection that stays unread too long is closed [R24]; nothing of a closed connection is
-//! delivered afterwards [R23].
+//! delivered afterwards [R23]; a client that takes no answers, or does not send the payload that it
+//! announced, keeps its share of the client bytes only as long as nobody else waits for them.
 //!
 //! Never does: deciding when or whether a request is answered (the core's), or speaking a protocol (a
 //! [`ClientProtocol`]'s).
@@ -36,6 +37,9 @@ pub(super) const CONNECTIONS_MAX: usize = 1024;
 pub(super) const CLIENT_LEN_MAX: u32 = 32 << 20;
 /// A longer trim or write-zeroes is given to the core in pieces of this many bytes, one after the other.
 const ZERO_PIECE_LEN: u64 = 32 << 20;
+/// A client that moves fewer bytes than this within a quarter of the longest unread time, while it owes a
+/// payload or answers wait for it, counts as stalled.
+const STALL_LEN: usize = 64 << 10;
 /// Longest header of a client protocol.
 const HEADER_LEN_MAX: usize = 4096;
 
@@ -78,6 +82,11 @@ struct Connection {
     next_cookie: u64,
     /// Since when it is not read.
     unread_since: Option<Nanos>,
+    /// Since when the client owes a payload or does not take its answers, and has moved less than
+    /// [`STALL_LEN`].
+    owes_since: Option<Nanos>,
+    /// Bytes moved in either direction since then.
+    moved: usize,
 }
 
 /// What a connection comes up with.
@@ -157,6 +166,8 @@ impl Clients {
             unanswered: 0,
             next_cookie: 1,
             unread_since: None,
+            owes_since: None,
+            moved: 0,
         };
         self.connections.insert(conn, connection);
         Some(conn)
@@ -207,6 +218,7 @@ impl Clients {
                 return Err(format!("receiving failed: {}", std::io::Error::from_raw_os_error(-result)));
             }
         };
+        connection.moved += len;
         if connection.staging.is(buf) {
             connection.staging.filled(len);
         } else if let State::Payload { got, .. } = &mut connection.state {
@@ -422,6 +434,7 @@ impl Clients {
                 return Err(format!("sending failed: {}", std::io::Error::from_raw_os_error(-result)));
             }
         };
+        connection.moved += len;
         let sent = connection.outgoing.on_sent(message, len, &mut io.buffers);
         connection.unanswered -= sent.answers;
         match sent.rest {
@@ -434,11 +447,13 @@ impl Clients {
     }
 
     /// Hands the gathered answers to the kernel.
-    pub(super) fn flush(&mut self, io: &mut Io) {
+    pub(super) fn flush(&mut self, io: &mut Io, now: Nanos) {
         while let Some(conn) = self.to_flush.pop_first() {
             if let Some(connection) = self.connections.get_mut(&conn)
                 && let Some(message) = connection.outgoing.take()
             {
+                // No completion may ever come of this one.
+                connection.note_debt(now);
                 io.send(&connection.socket, message, Token::ClientSend(conn));
             }
         }
@@ -448,6 +463,7 @@ impl Clients {
     pub(super) fn arm(&mut self, io: &mut Io, conn: ConnId, now: Nanos) {
         let block = self.geometry.block_size() as usize;
         let Some(connection) = self.connections.get_mut(&conn) else { return };
+        connection.note_debt(now);
         let direct = match connection.state {
             State::Header if connection.unanswered < REQUESTS_MAX => None,
             State::Draining { .. } => None,
@@ -477,9 +493,35 @@ impl Clients {
         (self.span_len(request) <= free).then_some(conn)
     }
 
-    /// When the next connection will have been unread for too long.
+    /// When the next connection will have been unread, or stalled while others wait, for too long.
     pub(super) fn deadline(&self) -> Option<Nanos> {
-        self.connections.values().filter_map(|c| c.unread_since).min().map(|at| at.after(self.unread_max))
+        let unread = self.connections.values().filter_map(|c| c.unread_since).min();
+        let unread = unread.map(|at| at.after(self.unread_max));
+        let stalled = self.waiting_since().and_then(|waiting| {
+            let owing = self.connections.values().filter_map(|c| c.owes_since).min()?;
+            Some(owing.max(waiting).after(self.stall_max()))
+        });
+        unread.into_iter().chain(stalled).min()
+    }
+
+    /// Connections that hold up others: somebody has waited for client bytes for a while, and for as long
+    /// these have not taken their answers or sent the payload that they announced. Closing them gives the
+    /// bytes back before those who wait are unread for too long themselves.
+    pub(super) fn stalled(&self, now: Nanos) -> Vec<ConnId> {
+        let over = |since: Nanos| since.after(self.stall_max()) <= now;
+        if !self.waiting_since().is_some_and(over) {
+            return Vec::new();
+        }
+        self.connections.iter().filter(|(_, c)| c.owes_since.is_some_and(over)).map(|(id, _)| *id).collect()
+    }
+
+    /// Since when the first in turn waits for client bytes.
+    fn waiting_since(&self) -> Option<Nanos> {
+        self.connections.get(self.waiting.front()?)?.unread_since
+    }
+
+    fn stall_max(&self) -> Duration {
+        self.unread_max / 4
     }
 
     /// Connections that have been unread for too long [R24].
@@ -495,6 +537,17 @@ impl Clients {
 }
 
 impl Connection {
+    /// Notes since when the client has owed something without getting on with it.
+    fn note_debt(&mut self, now: Nanos) {
+        let owes = matches!(self.state, State::Payload { .. }) || !self.outgoing.is_idle();
+        if !owes {
+            self.owes_since = None;
+        } else if self.owes_since.is_none() || self.moved >= STALL_LEN {
+            self.owes_since = Some(now);
+            self.moved = 0;
+        }
+    }
+
     /// Parses one header, if it is there whole.
     fn parse(&mut self, io: &Io) -> Option<ClientFrame> {
         let len = self.protocol.header_len();

@@ -129,7 +129,7 @@ impl<C: Core> Volume<C> {
         let mut done = Vec::new();
         self.settle();
         loop {
-            self.clients.flush(&mut self.io);
+            self.clients.flush(&mut self.io, boottime_now());
             self.peers.flush(&mut self.io);
             self.publish();
             if self.stopped {
@@ -387,6 +387,12 @@ impl<C: Core> Volume<C> {
         for conn in self.clients.unread_too_long(now) {
             self.close_client(conn, "it stayed unread for too long, so that what it holds may be stale");
         }
+        for conn in self.clients.stalled(now) {
+            self.close_client(
+                conn,
+                "it takes no answers or sends no payload, and others wait for its memory",
+            );
+        }
         if self.core.poll_deadline().is_some_and(|at| at <= now) {
             self.board.touched = true;
             self.board.urgent = true;
@@ -456,7 +462,7 @@ impl<C: Core> Volume<C> {
                     _ => Ok(()),
                 };
             }
-            self.clients.flush(&mut self.io);
+            self.clients.flush(&mut self.io, boottime_now());
             self.peers.flush(&mut self.io);
         }
     }

@@ -1,38 +1,87 @@
 //! The listener: takes requests of other nodes, checks who they come from, and answers.
+//!
+//! Strangers that connect and say nothing must not keep the other nodes out, nor fill the log: when every place
+//! is taken, the connection that has been without an answered request for longest makes room, and what
+//! is wrong with connections is told once in a while only.
 
+use std::collections::BTreeMap;
 use std::io::Cursor;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::super::raft::Snapshot;
 use super::super::rpc::{self, Receiver, Reply, ReplyBody, Request, RequestBody};
 use super::super::store::decode_snapshot;
 use super::inner::Inner;
 
-/// Connections served at once; beyond, new ones are closed (their callers try again).
-const CONNECTIONS_MAX: usize = 128;
+/// Connections served at once; beyond, the most useless one is closed for a new one.
+pub(super) const CONNECTIONS_MAX: usize = 128;
 /// A connection that stays silent for this long is closed.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
 /// A reply must be taken within this.
 const REPLY_DEADLINE: Duration = Duration::from_secs(10);
 
+/// Shortest time between two warnings about connections.
+const WARN_PAUSE: Duration = Duration::from_secs(5);
+
+/// Value of [`Activity`] while a request is being handled.
+const BUSY: u64 = u64::MAX;
+
+/// When a connection was last of use: the listener's count of answered requests then, 0 before the first one,
+/// or [`BUSY`].
+type Activity = Arc<AtomicU64>;
+
+/// What all connections have in common.
+struct Served {
+    inner: Arc<Inner>,
+    answered: AtomicU64,
+    warnings: Seldom,
+}
+
+/// Lets something through once in a while, and counts what it holds back.
+struct Seldom(std::sync::Mutex<(Option<Instant>, u64)>);
+
+impl Seldom {
+    /// How many were held back since the last that passed, if this one passes.
+    fn pass(&self) -> Option<u64> {
+        let mut state = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if state.0.is_some_and(|last| last.elapsed() < WARN_PAUSE) {
+            state.1 += 1;
+            return None;
+        }
+        state.0 = Some(Instant::now());
+        Some(std::mem::take(&mut state.1))
+    }
+}
+
 /// Serves until aborted; the connections end with it.
 pub(super) async fn serve(inner: Arc<Inner>, listener: TcpListener) {
+    let warnings = Seldom(std::sync::Mutex::default());
+    let served = Arc::new(Served { inner, answered: AtomicU64::new(1), warnings });
     let mut connections = JoinSet::new();
-    loop {
+    // In the order of their arrival.
+    let mut open: BTreeMap<u64, (AbortHandle, Activity)> = BTreeMap::new();
+    for number in 0.. {
         let accepted = listener.accept().await;
         while connections.try_join_next().is_some() {}
+        if open.len() >= CONNECTIONS_MAX {
+            open.retain(|_, (task, _)| !task.is_finished());
+        }
         match accepted {
-            Ok((stream, _)) if connections.len() < CONNECTIONS_MAX => {
-                connections.spawn(connection(Arc::clone(&inner), stream));
+            Ok((_, from)) if open.len() >= CONNECTIONS_MAX && !make_room(&mut open) => {
+                if let Some(more) = served.warnings.pass() {
+                    tracing::warn!(%from, more, "{CONNECTIONS_MAX} control connections are busy; refused one");
+                }
             }
-            Ok((stream, from)) => {
-                tracing::warn!(%from, "more than {CONNECTIONS_MAX} control connections; closed one");
-                drop(stream);
+            Ok((stream, _)) => {
+                let activity = Activity::default();
+                let task = connections.spawn(connection(Arc::clone(&served), stream, Arc::clone(&activity)));
+                open.insert(number, (task, activity));
             }
             Err(e) => {
                 // Out of descriptors, most likely; give them time to come back.
@@ -43,7 +92,22 @@ pub(super) async fn serve(inner: Arc<Inner>, listener: TcpListener) {
     }
 }
 
-async fn connection(inner: Arc<Inner>, mut stream: TcpStream) {
+/// Closes the connection that was of use least recently, the oldest of several; false if all are busy.
+fn make_room(open: &mut BTreeMap<u64, (AbortHandle, Activity)>) -> bool {
+    let least = open
+        .iter()
+        .map(|(number, (_, activity))| (activity.load(Ordering::Relaxed), *number))
+        .filter(|(activity, _)| *activity != BUSY)
+        .min();
+    let Some((_, number)) = least else { return false };
+    if let Some((task, _)) = open.remove(&number) {
+        task.abort();
+    }
+    true
+}
+
+async fn connection(served: Arc<Served>, mut stream: TcpStream, activity: Activity) {
+    let inner = &served.inner;
     if stream.set_nodelay(true).is_err() {
         return;
     }
@@ -51,14 +115,21 @@ async fn connection(inner: Arc<Inner>, mut stream: TcpStream) {
         let request = match timeout(SILENCE_MAX, rpc::read_frame::<Request>(&mut stream)).await {
             Ok(Ok(Some(Ok(request)))) => request,
             Ok(Ok(Some(Err(e)))) => {
-                tracing::warn!(%e, from = ?stream.peer_addr().ok(), "closes a control connection");
+                if let Some(more) = served.warnings.pass() {
+                    let from = stream.peer_addr().ok();
+                    tracing::warn!(%e, ?from, more, "closes a control connection that is not understood");
+                }
                 return;
             }
             _ => return,
         };
-        let body = handle(&inner, request).await;
+        activity.store(BUSY, Ordering::Relaxed);
+        let body = handle(inner, request).await;
+        let useful = !matches!(body, ReplyBody::Refused(_) | ReplyBody::Identity);
+        let now = if useful { served.answered.fetch_add(1, Ordering::Relaxed) } else { 0 };
         // After handling: this node may have adopted its cluster just now.
         let reply = Reply { from: inner.peers.me(), body };
+        activity.store(now, Ordering::Relaxed);
         if !matches!(timeout(REPLY_DEADLINE, rpc::write_frame(&mut stream, &reply)).await, Ok(Ok(()))) {
             return;
         }

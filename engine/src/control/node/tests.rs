@@ -450,3 +450,23 @@ async fn r17_r19_a_forced_recovery_makes_a_new_cluster_that_refuses_the_old_vote
         g.kill(id).await;
     }
 }
+
+#[tokio::test]
+async fn strangers_that_say_nothing_do_not_keep_the_nodes_apart() {
+    let group = Group::new().await;
+    group.create_volume(1).await;
+    let mut silent = Vec::new();
+    for addr in &group.addrs[..3] {
+        for _ in 0..2 * super::server::CONNECTIONS_MAX {
+            silent.push(tokio::net::TcpStream::connect(addr).await.unwrap());
+        }
+    }
+    // Every connection between the nodes is made anew when one starts again.
+    let mut group = group;
+    let away = if group.leader() == 2 { 3 } else { 2 };
+    let boot = group.node(away).incarnation().boot;
+    group.kill(away).await;
+    group.start(away).await;
+    let known = |s: &ClusterState| s.newest(NodeId(away)).is_some_and(|i| i.boot > boot);
+    group.wait(1, "the new run is registered", known).await;
+}

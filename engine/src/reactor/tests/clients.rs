@@ -213,6 +213,31 @@ fn client_bytes_beyond_the_bound_wait_and_are_served_in_turn() {
     assert_eq!(second.reply(), (1, 0));
 }
 
+/// A client that takes no answers, and clients that announce a payload and do not send it: each holds client
+/// bytes only until somebody else has waited for them for a while.
+#[test]
+fn stalled_clients_do_not_starve_the_others() {
+    for by_reads in [true, false] {
+        let options =
+            ReactorOptions { unread_max: Duration::from_millis(800), ..ReactorOptions::new("test") };
+        let rig = Rig::with(64 << 20, options);
+        let mut stalled: Vec<_> = (0..if by_reads { 1 } else { 8 }).map(|_| rig.client()).collect();
+        for n in 0..8_u64 {
+            let at = usize::try_from(n).unwrap() % stalled.len();
+            let op = if by_reads { READ } else { WRITE };
+            stalled[at].send(op, n, 0, 32 * MIB, if by_reads { &[] } else { &[1; 1000] });
+        }
+        // Nobody waits: they may take their time.
+        std::thread::sleep(Duration::from_millis(400));
+        let closed = |rig: &Rig| rig.shared.count("closed");
+        assert_eq!(closed(&rig), 0);
+        let mut other = rig.client();
+        assert_eq!(other.read(0, 4096), [0; 4096]);
+        other.write(0, &[3; 10]);
+        eventually("the stalled ones are closed", || closed(&rig) == stalled.len());
+    }
+}
+
 /// Clients driven by hand, to see every buffer.
 struct Bench {
     io: Io,
