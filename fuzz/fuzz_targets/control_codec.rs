@@ -1,0 +1,7 @@
+//! The libFuzzer program of [`blkrepl_fuzz::control_codec`]; holds nothing of its own.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    let _ = blkrepl_fuzz::control_codec(data);
+});

@@ -1,0 +1,7 @@
+//! The libFuzzer program of [`blkrepl_fuzz::nbd_requests`]; holds nothing of its own.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    let _ = blkrepl_fuzz::nbd_requests(data);
+});

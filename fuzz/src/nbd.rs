@@ -1,0 +1,158 @@
+//! What an NBD client sends: the negotiation, then request headers.
+
+use blkrepl_engine::reactor::client::{ClientFrame, ClientProtocol, FrontOp};
+use blkrepl_nbd::negotiate::{Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, Progress, Want};
+use blkrepl_nbd::proto::{
+    EXPORT_NAME_ZEROES, GREETING_LEN, NBD_REP_MAGIC, NBD_REQUEST_MAGIC, OPTION_REPLY_HEADER_LEN, REQUEST_LEN,
+    RequestHeader, STRING_BYTES_MAX, decode_simple_reply,
+};
+use blkrepl_nbd::{Attached, ExportInfo, ExportRefusal, Exports, Session};
+
+use crate::Verdict;
+use crate::input::Input;
+
+/// More than the server ever answers to one option of a node with few volumes.
+const ANSWER_BYTES_MAX: usize = 16 << 10;
+
+/// Size of the first export, in bytes.
+pub(crate) const EXPORT_SIZE: u64 = 1 << 30;
+
+/// The volumes of a node.
+struct Shelf(Vec<ExportInfo>);
+
+impl Shelf {
+    fn new(count: u8) -> Self {
+        Self((0..u64::from(count)).map(|n| ExportInfo::new(format!("vol{n}"), EXPORT_SIZE << n)).collect())
+    }
+}
+
+impl Exports for Shelf {
+    fn list(&self) -> Vec<String> {
+        self.0.iter().map(|export| export.name.clone()).collect()
+    }
+
+    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
+        match name {
+            "policy" => Err(ExportRefusal::Policy(format!("{name} is not served here"))),
+            "shutdown" => Err(ExportRefusal::Shutdown),
+            _ => self
+                .0
+                .iter()
+                .find(|export| export.name == name)
+                .cloned()
+                .ok_or_else(|| ExportRefusal::Unknown(format!("no volume {name}; choose another name"))),
+        }
+    }
+
+    fn attach(&self, name: &str, _client: Attached) {
+        panic!("a negotiation attached {name}, which is for the server to do");
+    }
+}
+
+/// The negotiation. Control byte: number of volumes of the node, modulo 4; then what the client sends.
+/// Holds: the server wants no more than its limits, and answers in whole replies of bounded length.
+pub fn nbd_negotiation(data: &[u8]) -> Verdict {
+    let mut input = Input::new(data);
+    let exports = Shelf::new(input.u8() % 4);
+    let mut out = Vec::new();
+    let mut negotiation = Negotiation::new(&mut out);
+    assert_eq!(out.len(), GREETING_LEN);
+    loop {
+        out.clear();
+        let progress = match negotiation.wants() {
+            Want::Bytes(len) => {
+                assert!((1..=OPTION_BYTES_MAX as usize).contains(&len), "{len} bytes wanted");
+                let Some(bytes) = input.exactly(len) else { return Verdict::Refused };
+                negotiation.advance(bytes, &exports, &mut out)
+            }
+            Want::Discard(len) => {
+                assert!((1..=OPTION_DRAIN_MAX).contains(&len), "{len} bytes to be thrown away");
+                // Short of them the client would have hung up; what follows is more interesting.
+                input.take(len as usize);
+                negotiation.advance(&[], &exports, &mut out)
+            }
+        };
+        assert!(out.len() <= ANSWER_BYTES_MAX, "an answer of {} bytes", out.len());
+        match progress {
+            Progress::Continue => check_replies(&out),
+            Progress::Transmission(info) => {
+                assert_eq!(exports.open(&info.name).as_ref(), Ok(&info));
+                // The answer to NBD_OPT_EXPORT_NAME has a form of its own.
+                if ![10, 10 + EXPORT_NAME_ZEROES].contains(&out.len()) {
+                    check_replies(&out);
+                }
+                return Verdict::Accepted;
+            }
+            Progress::Close(reason) => {
+                check_replies(&out);
+                assert!(!reason.to_string().is_empty());
+                return Verdict::Refused;
+            }
+        }
+    }
+}
+
+fn check_replies(mut out: &[u8]) {
+    while !out.is_empty() {
+        let (head, rest) = out.split_at_checked(OPTION_REPLY_HEADER_LEN).expect("a whole reply header");
+        assert_eq!(head[..8], NBD_REP_MAGIC.to_be_bytes());
+        let len = u32::from_be_bytes([head[16], head[17], head[18], head[19]]) as usize;
+        assert!(len <= 2 + STRING_BYTES_MAX, "a reply of {len} bytes");
+        out = rest.get(len..).expect("as many bytes as the reply's header says");
+    }
+}
+
+/// Requests. Control byte: bit 0 read-only, bit 1 blocks of 512 bytes, bit 2 small payloads, bit 7 makes
+/// the magic of every header good; then headers, each followed by its payload if it is a write. Holds:
+/// what passes lies within the export, and each request has a reply of its own.
+pub fn nbd_requests(data: &[u8]) -> Verdict {
+    let mut input = Input::new(data);
+    let control = input.u8();
+    let mut export = ExportInfo::new("vol0", EXPORT_SIZE);
+    export.read_only = control & 1 != 0;
+    export.min_block = if control & 2 != 0 { 512 } else { 1 };
+    export.max_payload = if control & 4 != 0 { 8192 } else { export.max_payload };
+    let mut session = Session::new(&export);
+    let mut accepted = false;
+    while !input.is_empty() {
+        assert_eq!(session.header_len(), REQUEST_LEN);
+        let mut header = [0; REQUEST_LEN];
+        let taken = input.take(REQUEST_LEN);
+        header[..taken.len()].copy_from_slice(taken);
+        if taken.len() < REQUEST_LEN {
+            assert!(matches!(session.parse(taken), ClientFrame::Violation(_)));
+        }
+        if control & 0x80 != 0 {
+            header[..4].copy_from_slice(&NBD_REQUEST_MAGIC.to_be_bytes());
+        }
+        let request = match session.parse(&header) {
+            ClientFrame::Request(request) => request,
+            ClientFrame::Disconnect => break,
+            ClientFrame::Violation(text) => {
+                assert!(RequestHeader::decode(&header).is_err() && !text.is_empty());
+                break;
+            }
+        };
+        let sent = RequestHeader::decode(&header).expect("a request has a good header");
+        assert_eq!(sent.encode(), header);
+        assert_eq!(request.handle, sent.handle);
+        if request.op == FrontOp::Write {
+            assert_eq!(request.len, sent.len, "a write's payload has the header's length");
+            input.take(request.len as usize);
+        }
+        if request.error.is_none() {
+            accepted = true;
+            assert!(request.offset + u64::from(request.len) <= export.size);
+            assert!(request.len > 0 || request.op == FrontOp::Flush);
+            assert!(!export.read_only || matches!(request.op, FrontOp::Read | FrontOp::Flush));
+            let payload = matches!(request.op, FrontOp::Read | FrontOp::Write);
+            assert!(!payload || request.len <= export.max_payload);
+        }
+        let mut out = Vec::new();
+        session.reply(request.handle, request.op, request.error.map_or(Ok(()), Err), &mut out);
+        let reply = decode_simple_reply(out.as_slice().try_into().expect("one reply header"));
+        let (error, handle) = reply.expect("a reply begins with its magic");
+        assert_eq!((error.is_some(), handle), (request.error.is_some(), sent.handle));
+    }
+    Verdict::of(accepted)
+}
