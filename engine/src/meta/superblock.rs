@@ -32,6 +32,8 @@ const MAGIC: [u8; 8] = *b"BLKREPSB";
 const LENGTH: u32 = 4096;
 /// More writes than a superblock ever sees; a higher number was not written by this program.
 const SEQ_MAX: u64 = 1 << 62;
+/// The highest number of a pair that is used: what was read can always be written again, above it.
+const SEQ_READ_MAX: u64 = SEQ_MAX / 2;
 const _: () = assert!(LENGTH as u128 == SUPERBLOCK_LEN as u128);
 
 // Magic, version and checksum keep their places in every later version.
@@ -423,7 +425,11 @@ pub fn read_pair(
     a: &[u8],
     b: &[u8],
 ) -> Result<(Superblock, SuperblockTrust, Option<String>), SuperblockError> {
-    let (a, b) = (Superblock::decode(a, SuperblockCopy::A), Superblock::decode(b, SuperblockCopy::B));
+    let [a, b] = [(a, SuperblockCopy::A), (b, SuperblockCopy::B)].map(|(bytes, copy)| {
+        let superblock = Superblock::decode(bytes, copy)?;
+        let room = superblock.seq <= SEQ_READ_MAX;
+        if room { Ok(superblock) } else { Err(SuperblockError::Field { copy, field: "seq" }) }
+    });
     for copy in [&a, &b] {
         if let Err(version @ SuperblockError::Version { .. }) = copy {
             return Err(version.clone());

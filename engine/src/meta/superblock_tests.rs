@@ -268,6 +268,20 @@ fn fields_that_are_out_of_range_are_named() {
     }
 }
 
+/// A number that leaves no room for the next writes is nobody's, whatever its checksum says.
+#[test]
+fn a_pair_that_could_not_be_written_again_is_not_used() {
+    let numbered = |seq| {
+        let [a, b] = pair(&Superblock { seq, ..sample() }, &Superblock { seq, ..sample() });
+        read_pair(&a, &b)
+    };
+    let (mut superblock, ..) = numbered(SEQ_READ_MAX).unwrap();
+    superblock.advance();
+    for seq in [SEQ_READ_MAX + 1, SEQ_MAX] {
+        assert!(matches!(numbered(seq), Err(SuperblockError::Both { .. })), "{seq}");
+    }
+}
+
 #[test]
 fn foreign_short_and_long_bytes_are_refused() {
     assert_eq!(Superblock::decode(&[b'x'; SUPERBLOCK_LEN], A), Err(SuperblockError::Magic(A)));
