@@ -30,6 +30,8 @@ pub const ADDR_LEN_MAX: usize = 256;
 pub const LEASE_MIN: Duration = Duration::from_millis(100);
 /// Longest lease that can be set.
 pub const LEASE_MAX: Duration = Duration::from_secs(60);
+/// Longest timeout of a volume that can be set.
+pub const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Results remembered per node so that a retried request has no second effect.
 pub const REQUESTS_REMEMBERED_MAX: usize = 64;
 
@@ -214,6 +216,21 @@ impl Default for ClusterState {
     }
 }
 
+/// Says whether the settings of a volume can be used.
+///
+/// # Errors
+/// A sentence that names the rule.
+pub(super) fn check_settings(settings: &VolumeSettings) -> Result<(), String> {
+    // Far beyond it a timeout would not fit the nanoseconds of the peer protocol.
+    match [settings.peer_timeout, settings.disk_timeout].into_iter().max() {
+        Some(longest) if longest > TIMEOUT_MAX => {
+            let (longest, most) = (longest.as_secs(), TIMEOUT_MAX.as_secs());
+            Err(format!("a timeout of {longest} s is too long; choose at most {most} s"))
+        }
+        _ => Ok(()),
+    }
+}
+
 impl ClusterState {
     /// The config of a volume as the replication core sees it.
     #[must_use]
@@ -275,8 +292,15 @@ impl ClusterState {
         if Geometry::new(g.size(), g.block_size(), g.region_size()).is_err() {
             return Some("its geometry breaks the rules");
         }
-        if v.replicas.iter().any(|r| usize::from(r.slot.0) >= crate::types::REPLICAS_MAX) {
-            return Some("a replica slot is out of range");
+        if check_settings(&v.settings).is_err() {
+            return Some("a timeout is out of range");
+        }
+        let mut slots = SlotSet::default();
+        for slot in v.replicas.iter().map(|r| r.slot) {
+            if usize::from(slot.0) >= crate::types::REPLICAS_MAX || slots.contains(slot) {
+                return Some("a replica slot is out of range, or doubled");
+            }
+            slots.insert(slot);
         }
         if v.in_sync.is_empty() {
             return Some("the in-sync set is empty");

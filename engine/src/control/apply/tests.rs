@@ -11,7 +11,7 @@ use crate::types::{
 
 use super::super::command::{Applied, ClusterOp, Command, Leadership, Prepared, RequestId};
 use super::super::fixture::{Cluster, VOL, member, record};
-use super::super::state::{ClusterState, NodeKind};
+use super::super::state::{ClusterState, NodeKind, TIMEOUT_MAX};
 use super::{apply, apply_under};
 
 #[test]
@@ -267,6 +267,13 @@ fn names_sizes_and_leases_are_checked() {
     c.must(ClusterOp::SetLease { lease: Duration::from_secs(9) });
     c.must(ClusterOp::SetLease { lease: Duration::from_secs(1) });
     assert_eq!(c.state.lease_longest, Duration::from_secs(9));
+    let change = |epoch, disk_timeout| ClusterOp::ChangeSettings {
+        volume: VOL,
+        expected_epoch: epoch,
+        settings: VolumeSettings { disk_timeout, ..VolumeSettings::default() },
+    };
+    c.refused(change(c.epoch(), TIMEOUT_MAX + Duration::from_nanos(1)));
+    c.must(change(c.epoch(), TIMEOUT_MAX));
 }
 
 #[test]

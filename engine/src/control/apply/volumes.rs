@@ -6,7 +6,7 @@ use crate::types::{
 };
 
 use super::super::command::{ClusterOp, Prepared};
-use super::super::state::{ClusterState, NodeKind, VOLUMES_MAX, VolumeRecord};
+use super::super::state::{ClusterState, NodeKind, VOLUMES_MAX, VolumeRecord, check_settings};
 use super::nodes::check_name;
 use super::{Effect, Refusal};
 
@@ -45,6 +45,7 @@ pub(super) fn apply(state: &mut ClusterState, index: LogIndex, op: ClusterOp) ->
         }
         ClusterOp::ChangeSettings { volume, expected_epoch, settings } => {
             change(state, index, volume, expected_epoch, |_, v| {
+                check_settings(&settings)?;
                 v.settings = settings;
                 Ok(())
             })
@@ -117,6 +118,7 @@ fn create(state: &mut ClusterState, index: LogIndex, new: New) -> Effect {
     if state.volumes.len() >= VOLUMES_MAX {
         return Err(format!("the cluster has its maximum of {VOLUMES_MAX} volumes"));
     }
+    check_settings(&new.settings)?;
     let g = new.geometry;
     Geometry::new(g.size(), g.block_size(), g.region_size()).map_err(|e| e.to_string())?;
     let mut nodes = new.replicas;
