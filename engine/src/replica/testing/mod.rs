@@ -12,6 +12,7 @@ mod history;
 mod random;
 mod scenarios;
 mod scenarios_faults;
+mod scenarios_rules;
 mod scenarios_schedules;
 mod world;
 
