@@ -2,7 +2,7 @@
 //!
 //! A returning replica has three outcomes: a known set, everything, or refused. The set is the primary's
 //! bitmap for it united with both sides' intent regions (and, for foreign writes of another lineage, with
-//! its own bitmap for the source). Order of a join: set empty, enter the ack set, the target flushes, the
+//! its own bitmaps). Order of a join: set empty, enter the ack set, the target flushes, the
 //! primary's bitmaps are copied to it, then it is proposed [R4, R12].
 //!
 //! Client writes go to the target live and set its bit; only a copy or a write that is still the newest for

@@ -53,8 +53,8 @@ pub struct Run {
 pub enum RunsKind {
     /// Regions set in the sender's intent map.
     Intent,
-    /// Blocks set in the sender's dirty bitmap for the receiver, sent by a replica that holds foreign
-    /// writes of another lineage.
+    /// Blocks set in any of the sender's dirty bitmaps, sent by a replica that holds foreign writes of
+    /// another lineage: they were missing at the replica from which the next lineage started [R17].
     Foreign,
     /// Blocks set in the primary's dirty bitmap for the replica in this slot; for a joiner [R12].
     Dirty(ReplicaSlot),
@@ -199,7 +199,7 @@ pub enum PeerMsg {
         reign: Reign,
         /// Epoch under which the set is determined.
         epoch: Epoch,
-        /// Also send the dirty bitmap for the source (foreign writes).
+        /// Also send the dirty bitmaps (foreign writes).
         send_foreign: bool,
         /// Everything will be compared or copied: what the receiver's content was counts no more.
         everything: bool,

@@ -29,6 +29,7 @@ impl World {
         n.bufs.clear();
         n.outcomes.clear();
         n.disk_paused = false;
+        n.hangs.clear();
         self.lose_clients(id);
         for other in self.others(id) {
             self.disconnect(id, other);
@@ -109,6 +110,7 @@ impl World {
         for n in self.nodes.values_mut() {
             n.cut_off = false;
             n.disk_paused = false;
+            n.hangs.clear();
         }
     }
 

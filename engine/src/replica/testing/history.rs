@@ -6,7 +6,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Per block the values that it may have.
-pub(super) type Flushable = BTreeMap<u64, BTreeSet<u64>>;
+type Values = BTreeMap<u64, BTreeSet<u64>>;
+
+/// What a flush, if it succeeds, makes of what may survive: these values, and what was sent after it.
+#[derive(Debug, Clone)]
+pub(super) struct Flushable {
+    number: u64,
+    then: Values,
+}
 
 /// What a write makes of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,10 +48,12 @@ pub(super) fn mixed(old: u64, tag: u64) -> u64 {
 
 #[derive(Debug, Default)]
 pub(in super::super) struct History {
-    possible: Flushable,
+    possible: Values,
     under_way: BTreeMap<u64, Change>,
-    /// Per block the values that may survive a power loss of all nodes: since the last flush.
-    flushed: Flushable,
+    /// Per block the values that may survive a power loss of all nodes, with the number of flushes that
+    /// were sent before they were.
+    flushed: BTreeMap<u64, BTreeSet<(u64, u64)>>,
+    flushes: u64,
 }
 
 impl History {
@@ -60,7 +69,8 @@ impl History {
         // A write whose connection broke may be carried out before this one or in the middle of a part.
         let new = change.of(self.values(block));
         self.values(block).extend(&new);
-        self.flushed.entry(block).or_insert_with(|| BTreeSet::from([0])).extend(&new);
+        let numbered = new.into_iter().map(|value| (self.flushes, value));
+        self.flushed.entry(block).or_insert_with(|| BTreeSet::from([(0, 0)])).extend(numbered);
         assert!(self.under_way.insert(block, change).is_none(), "one write per block at a time");
     }
 
@@ -89,22 +99,24 @@ impl History {
     }
 
     /// The values of each block right now, to be handed to `flush_acked` if a flush sent now succeeds.
-    pub(super) fn flush_sent(&self) -> Flushable {
-        self.possible.clone()
+    pub(super) fn flush_sent(&mut self) -> Flushable {
+        self.flushes += 1;
+        Flushable { number: self.flushes, then: self.possible.clone() }
     }
 
-    /// A flush ended: what is possible now is what was possible when it was sent, or written since.
-    pub(super) fn flush_acked(&mut self, sent: &Flushable) {
-        for (block, then) in sent {
-            let now = self.possible[block].clone();
-            self.flushed.insert(*block, then.union(&now).copied().collect());
+    /// A flush ended: what may survive is what was possible when it was sent, or sent since.
+    pub(super) fn flush_acked(&mut self, flush: &Flushable) {
+        for (block, then) in &flush.then {
+            let survivors = self.flushed.entry(*block).or_default();
+            survivors.retain(|(number, _)| *number >= flush.number);
+            survivors.extend(then.iter().map(|value| (flush.number - 1, *value)));
         }
     }
 
     /// All nodes lost power at once: what was acknowledged but not flushed may be gone.
     pub(in super::super) fn power_lost(&mut self) {
         for (block, values) in &mut self.possible {
-            values.extend(self.flushed.get(block).into_iter().flatten().copied());
+            values.extend(self.flushed.get(block).into_iter().flatten().map(|(_, value)| *value));
         }
         self.under_way.clear();
     }

@@ -19,7 +19,7 @@ fn faults(world: &mut World, plan: &Plan) {
     let id = node(1 + world.rng.below(plan.replicas));
     let other = node(1 + world.rng.below(plan.replicas));
     let up = world.nodes[&id].replica.is_some();
-    match world.rng.below(14) {
+    match world.rng.below(15) {
         0 if up => world.crash(id),
         // The promise is any single failure: one power loss at a time.
         1 if up && world.all_in_sync() && world.disks_work() => world.power_off(id),
@@ -48,6 +48,13 @@ fn faults(world: &mut World, plan: &Plan) {
         }
         12 if plan.disk_errors && world.all_in_sync() && world.disks_work() => break_disk(world, id),
         13 => world.mend_disks(),
+        // What was flushed survives even this.
+        14 if world.disks_work() && world.rng.chance(30) => {
+            for n in 1..=plan.replicas {
+                world.power_off(node(n));
+            }
+            world.history.power_lost();
+        }
         _ => {}
     }
     // A process that has stopped ends.

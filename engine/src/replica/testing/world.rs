@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use crate::meta::{DataIdentity, Image, Superblock};
 use crate::types::{
-    BlockRange, ClusterId, ConfigView, Epoch, Geometry, Incarnation, LineageId, LogIndex, Member, Nanos,
-    NodeId, Proposal, ProposalId, ProposalOutcome, Reign, ReplicaSlot, ReplicaView, VolumeId, VolumeSettings,
+    BlockIndex, BlockRange, ClusterId, ConfigView, Epoch, Geometry, Incarnation, LineageId, LogIndex, Member,
+    Nanos, NodeId, Proposal, ProposalId, ProposalOutcome, Reign, ReplicaSlot, ReplicaView, VolumeId,
+    VolumeSettings,
 };
 use crate::wire::{BaseContent, BufId, Payload, PeerMsg, SessionId};
 
@@ -40,6 +41,30 @@ impl Default for Options {
     }
 }
 
+/// Disk operations that do not return.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in super::super) enum Hang {
+    Read,
+    /// Writes to this block.
+    Write(u64),
+    Flush,
+    /// Metadata writes at these offsets.
+    Meta(u64, u64),
+}
+
+impl Hang {
+    fn holds(self, op: &DiskOp) -> bool {
+        match (self, op) {
+            (Self::Read, DiskOp::Read { .. }) | (Self::Flush, DiskOp::Flush) => true,
+            (Self::Write(block), DiskOp::Write { blocks, .. } | DiskOp::Zero { blocks, .. }) => {
+                blocks.contains(BlockIndex(block))
+            }
+            (Self::Meta(from, to), DiskOp::MetaWrite { offset, .. }) => (from..to).contains(offset),
+            _ => false,
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Buf {
     tags: Vec<u64>,
@@ -62,6 +87,7 @@ pub(in super::super) struct Node {
     pub(super) os_boot: u128,
     pub(in super::super) pending: VecDeque<DiskRequest>,
     pub(in super::super) disk_paused: bool,
+    pub(in super::super) hangs: Vec<Hang>,
     /// Hears no config, gets no lease, no outcome.
     pub(in super::super) cut_off: bool,
     seen: LogIndex,
@@ -74,6 +100,25 @@ pub(in super::super) struct Node {
     conn: u64,
     pub(in super::super) events: Vec<Event>,
     pub(in super::super) stopped: bool,
+}
+
+impl Node {
+    /// The disk requests in flight that may complete now.
+    fn returning(&self) -> Vec<usize> {
+        let returns = |r: &DiskRequest| !self.disk_paused && !self.hangs.iter().any(|h| h.holds(&r.op));
+        (0..self.pending.len()).filter(|at| returns(&self.pending[*at])).collect()
+    }
+
+    /// [R7]: one disk write per block at a time.
+    fn assert_alone(&self, op: &DiskOp) {
+        let written = |op: &DiskOp| match op {
+            DiskOp::Write { blocks, .. } | DiskOp::Zero { blocks, .. } => Some(*blocks),
+            _ => None,
+        };
+        let Some(blocks) = written(op) else { return };
+        let other = self.pending.iter().find(|r| written(&r.op).is_some_and(|b| b.overlaps(&blocks)));
+        assert!(other.is_none(), "two disk writes on one block [R7]: {other:?} and {op:?}");
+    }
 }
 
 /// A message and the content that it carries.
@@ -210,6 +255,7 @@ impl World {
             os_boot: 5,
             pending: VecDeque::new(),
             disk_paused: false,
+            hangs: Vec::new(),
             cut_off: false,
             seen: LogIndex(0),
             outcomes: VecDeque::new(),
@@ -362,6 +408,7 @@ impl World {
                 if let DiskOp::Write { buf, .. } | DiskOp::FillEdges { buf, .. } = request.op {
                     n.bufs.get_mut(&buf.0).expect("a disk write names a live buffer").refs += 1;
                 }
+                n.assert_alone(&request.op);
                 n.pending.push_back(request);
             }
             Output::Send(session, msg) => self.send(id, session, msg),
@@ -635,7 +682,7 @@ impl World {
                 if n.disk.write_error {
                     return Err(DiskErrorKind::Io);
                 }
-                n.disk.bad.retain(|b| !blocks.contains(crate::types::BlockIndex(*b)));
+                n.disk.bad.retain(|b| !blocks.contains(BlockIndex(*b)));
                 self.land(id, op);
                 Ok(DiskResult::Done)
             }
@@ -708,7 +755,7 @@ impl World {
             if n.replica.is_none() {
                 continue;
             }
-            if !n.pending.is_empty() && !n.disk_paused {
+            if !n.returning().is_empty() {
                 choices.push((0, *id, *id));
             }
             if !n.cut_off && n.seen < self.config.index {
@@ -732,9 +779,9 @@ impl World {
         let (what, a, b) = choices[usize::try_from(self.rng.below(choices.len() as u64)).unwrap()];
         match what {
             0 => {
-                let len = self.nodes[&a].pending.len() as u64;
-                let at = usize::try_from(self.rng.below(len)).unwrap();
-                self.complete_disk(a, at);
+                let returning = self.nodes[&a].returning();
+                let at = usize::try_from(self.rng.below(returning.len() as u64)).unwrap();
+                self.complete_disk(a, returning[at]);
             }
             1 => self.give_config(a),
             2 => {
