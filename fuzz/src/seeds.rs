@@ -2,12 +2,15 @@
 //! puts them into `corpus`, a test checks that they are there. The names of those that the code under test
 //! must refuse begin with `refused-`.
 
+use std::time::Duration;
+
 use blkrepl_engine::control::codec::HEADER_LEN;
 use blkrepl_engine::control::{Applied, ClusterOp, codec};
 use blkrepl_engine::meta::{CleanMark, DataIdentity, META_PAGE_LEN, Superblock, SuperblockCopy};
 use blkrepl_engine::types::{
     BlockIndex, BlockRange, ClusterId, Epoch, Geometry, Incarnation, LineageId, LogIndex, Member, NodeId,
     Proposal, ProposalId, ProposalKind, Reign, ReplicaSlot, SlotSet, SuperblockTrust, VolumeId,
+    VolumeSettings,
 };
 use blkrepl_engine::wire::{
     BaseContent, BufId, Hello, HelloReply, InconsistentMark, LocalEnd, Payload, PeerMsg, PeerReport, Refusal,
@@ -251,6 +254,8 @@ fn superblocks() -> Vec<Seed> {
         ("differ", pair(&older, &newer)),
         ("one-damaged", one_damaged),
         ("resealed", resealed),
+        // Once read, and then too large to be written again.
+        ("refused-largest-number", pair(&superblock(1 << 62), &superblock(1 << 62))),
         ("refused-blank", vec![0; 40]),
     ]
 }
@@ -311,7 +316,10 @@ fn control_values() -> Vec<Seed> {
         by: control::member(1),
         kind: ProposalKind::Join(control::member(2)),
     });
-    let lease = ClusterOp::SetLease { lease: std::time::Duration::from_secs(3) };
+    let lease = ClusterOp::SetLease { lease: Duration::from_secs(3) };
+    // Once committed, and then too long for the config that a peer gets.
+    let settings = VolumeSettings { disk_timeout: Duration::MAX, ..VolumeSettings::default() };
+    let timeout = ClusterOp::ChangeSettings { volume: control::VOLUME, expected_epoch: Epoch(1), settings };
     let whole = |op: &ClusterOp| codec::encode(&control::command(40, op.clone())).expect("a short command");
     let body = |control: u8, bytes: &[u8]| [&[control], &bytes[HEADER_LEN..]].concat();
     let state = codec::encode(&control::founded()).expect("a small state");
@@ -324,6 +332,7 @@ fn control_values() -> Vec<Seed> {
         ("create-volume", body(1, &whole(&create))),
         ("join", body(1, &whole(&join))),
         ("set-lease", body(1, &whole(&lease))),
+        ("longest-timeout", body(1, &whole(&timeout))),
         ("snapshot", body(2, &state)),
         ("applied", body(3, &applied)),
         ("refused-damaged", [&[0], &whole(&join)[1..]].concat()),

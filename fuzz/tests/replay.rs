@@ -2,7 +2,7 @@
 //! the seeds, for a bounded time. An input that makes a target panic is kept under `fuzz/artifacts` and
 //! named in the failure.
 //!
-//! `BLKREPL_SEED` chooses another sequence of random inputs, `BLKREPL_FUZZ_SECONDS` how long each target
+//! `BLKREPL_FUZZ_SEED` chooses another sequence of random inputs, `BLKREPL_FUZZ_SECONDS` how long each target
 //! goes on (without it at most [`INPUTS`] inputs and [`TIME_MAX`]).
 
 use std::fs;
@@ -59,7 +59,7 @@ fn run(name: &str) {
     for (path, bytes) in &files {
         assert!(!panics(target, bytes), "{name} panics on {}", path.display());
     }
-    let seed = number("BLKREPL_SEED").unwrap_or(0xb10c);
+    let seed = number("BLKREPL_FUZZ_SEED").unwrap_or(0xb10c);
     let seconds = number("BLKREPL_FUZZ_SECONDS").map(Duration::from_secs);
     let inputs: Vec<Vec<u8>> = files.into_iter().map(|(_, bytes)| bytes).collect();
     let (mut rng, started, mut done, mut accepted) = (Rng::new(seed), Instant::now(), 0_u64, 0_u64);
