@@ -125,7 +125,8 @@ impl Failover {
                 refused.push(format!("{} has not reported", named.node));
                 continue;
             };
-            reported += 1;
+            // One that is not healthy may have only just started: it counts as heard when it is.
+            reported += usize::from(said.health == Health::Healthy);
             if let Err(why) = eligible_restarted(volume, *named, said) {
                 refused.push(format!("{}: {why}", named.node));
                 continue;
