@@ -1,6 +1,7 @@
 //! Errors of the control plane, by what the caller can do about them.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use thiserror::Error;
@@ -14,14 +15,18 @@ use super::state::StoreId;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ControlError {
-    /// `init` where a store is.
-    #[error("{0} holds a control store already; a store is created once and never over another")]
+    /// `init` where a store is, or was. Names the file that is there.
+    #[error(
+        "{0} exists: this node has a control store, or had one, and a store is created once and never over \
+         another; start the node as it is, or if its store is lost, remove the node from the cluster and \
+         create it under a new id in an empty directory"
+    )]
     Exists(PathBuf),
     /// `open` where none is. It is never created silently, since a node that lost its votes must not vote
     /// again [R13].
     #[error(
-        "{0} does not exist; on a new node create it with `blkrepl node init`; if this node lost its disk, \
-         remove the node from the cluster and add it under a new id"
+        "{0} does not exist; on a new node create it with `blkrepl init --config FILE`; if this node lost its \
+         disk, remove the node from the cluster and add it under a new id"
     )]
     Missing(PathBuf),
     /// Another process has it open.
@@ -65,6 +70,17 @@ pub enum ControlError {
     Io {
         /// What was tried, with the path or address.
         what: String,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The control plane's address cannot be used.
+    #[error(
+        "cannot listen on {addr}: {source}; if another process has the port, stop it (`ss -ltnp` shows it), \
+         else change [listen] control in node.toml"
+    )]
+    Listen {
+        /// The address.
+        addr: SocketAddr,
         /// The cause.
         source: io::Error,
     },

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use openraft::Membership;
 
-use crate::types::{ClusterId, Epoch, LineageFork, LineageId, LogIndex, Member, NodeId, Reign, VolumeId};
+use crate::types::{ClusterId, Epoch, Incarnation, LineageId, LogIndex, Member, NodeId, Reign, VolumeId};
 
 use super::error::ControlError;
 use super::raft::{LogId, RaftNode, StoredMembership, Vote};
@@ -47,7 +47,7 @@ pub struct RecoveredVolume {
     pub id: VolumeId,
     /// Its name.
     pub name: String,
-    /// Last epoch of the old lineage known here.
+    /// Last epoch of the old lineage that the new one holds for certain; 0 if the replica was not in sync.
     pub fork_epoch: Epoch,
     /// Its epoch now.
     pub epoch: Epoch,
@@ -83,7 +83,7 @@ pub fn recover_force(dir: &Path, me: NodeId) -> Result<RecoverReport, ControlErr
 
     let random = || random_u128().map_err(ControlError::io("cannot draw a random number"));
     let cluster = ClusterId(random()?);
-    let store = store::rename_identity(dir, &db, me, boot)?;
+    let store = StoreId(random()?);
     let old_cluster = machine.state.cluster;
     let mut report = RecoverReport {
         old_cluster,
@@ -99,7 +99,7 @@ pub fn recover_force(dir: &Path, me: NodeId) -> Result<RecoverReport, ControlErr
     }
     rewrite(&mut machine, cluster, store, me, lineages, &mut report);
     machine.state.check().map_err(damaged)?;
-    db.restart_from(&machine, cluster, &Vote::new(term, me.0)).map_err(|e| damaged(e.to_string()))?;
+    store::restart_as(dir, &db, boot, store, &machine, cluster, &Vote::new(term, me.0))?;
     Ok(report)
 }
 
@@ -130,10 +130,9 @@ fn rewrite(
     let next = LogId::new(last.leader_id, last.index + 1);
     machine.last_applied = Some(next);
     state.applied = LogIndex(next.index);
-    let newest = state.newest(me).unwrap_or_default();
     let volumes = std::mem::take(&mut state.volumes);
     for ((id, volume), lineage) in volumes.into_iter().zip(lineages) {
-        match recover_volume(volume, me, newest, lineage, state.applied) {
+        match recover_volume(volume, me, lineage, state.applied) {
             Ok((volume, recovered)) => {
                 state.volumes.insert(id, volume);
                 report.volumes.push(recovered);
@@ -150,20 +149,23 @@ fn rewrite(
 fn recover_volume(
     mut v: VolumeRecord,
     me: NodeId,
-    newest: crate::types::Incarnation,
     lineage: LineageId,
     index: LogIndex,
 ) -> Result<(VolumeRecord, RecoveredVolume), String> {
-    let Some(last_member) = v.replica(me).map(|r| r.last_member) else { return Err(v.name) };
-    let fork_epoch = v.epoch;
+    if v.replica(me).is_none() {
+        return Err(v.name);
+    }
+    let known_epoch = v.epoch;
     let named = v.member(me);
-    // The run that the superblock here records if its content continues from there. Were it not in sync,
-    // its report would not match and only a force would promote it [R6].
-    let incarnation = named.map(|m| m.incarnation).or(last_member).unwrap_or(newest);
+    // A copy that was not in sync ends at an epoch that nobody here knows, so it shares none for certain:
+    // what another replica holds is foreign to it and gets compared [R17].
+    let fork_epoch = if named.is_some() { known_epoch } else { Epoch(0) };
+    // A run that no superblock records, for a copy that was not in sync: it may have been a member before,
+    // and must not be taken for one now. Only a force promotes it [R6].
+    let incarnation = named.map_or_else(Incarnation::default, |m| m.incarnation);
     let member = Member { node: me, incarnation };
-    v.history.push(LineageFork { lineage: v.lineage, fork_epoch });
-    v.lineage = lineage;
-    v.epoch = Epoch(fork_epoch.0.saturating_add(RECOVERED_EPOCH_STEP));
+    v.fork(lineage, fork_epoch);
+    v.epoch = Epoch(known_epoch.0.saturating_add(RECOVERED_EPOCH_STEP));
     v.reign = Reign(v.epoch.0);
     v.index = index;
     v.in_sync = vec![member];
@@ -182,4 +184,34 @@ fn recover_volume(
         was_in_sync: named.is_some(),
     };
     Ok((v, recovered))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::types::{LineageFork, ProposalKind};
+
+    use super::super::failover::eligible_restarted;
+    use super::super::fixture::{Cluster, member};
+    use super::*;
+
+    /// A copy that was a member once and was removed while its node was down still says in its superblock
+    /// that it is that member's.
+    #[test]
+    fn r6_r17_a_copy_that_was_not_in_sync_is_promoted_by_force_only_and_shares_no_epoch_for_certain() {
+        let mut c = Cluster::pair();
+        let stale = c.report(member(2, 1).incarnation);
+        c.propose_ok(member(1, 1), ProposalKind::Remove(member(2, 1)));
+        let before = c.vol().clone();
+        let (v, report) = recover_volume(before.clone(), NodeId(2), LineageId(9), LogIndex(50)).unwrap();
+        assert!(!report.was_in_sync);
+        eligible_restarted(&v, v.member(NodeId(2)).unwrap(), &stale).unwrap_err();
+        assert_eq!(v.history, [LineageFork { lineage: before.lineage, fork_epoch: Epoch(0) }]);
+        assert_eq!(v.epoch.0, before.epoch.0 + RECOVERED_EPOCH_STEP);
+        // One that was in sync continues, and shares what is known here.
+        let (v, report) = recover_volume(before.clone(), NodeId(1), LineageId(9), LogIndex(50)).unwrap();
+        assert!(report.was_in_sync);
+        let mine = c.report(member(1, 1).incarnation);
+        eligible_restarted(&v, v.member(NodeId(1)).unwrap(), &mine).unwrap();
+        assert_eq!(v.history, [LineageFork { lineage: before.lineage, fork_epoch: before.epoch }]);
+    }
 }

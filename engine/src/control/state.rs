@@ -34,6 +34,8 @@ pub const LEASE_MAX: Duration = Duration::from_secs(60);
 pub const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Results remembered per node so that a retried request has no second effect.
 pub const REQUESTS_REMEMBERED_MAX: usize = 64;
+/// Results remembered per replica. It has one proposal at a time, and one more to void that [R18].
+pub const PROPOSALS_REMEMBERED_MAX: usize = 4;
 
 /// Identity of a node's Raft state on disk, minted once when it is created. A node that lost its disk has
 /// another one and is refused until it is added as a new node [R13].
@@ -159,6 +161,17 @@ impl VolumeRecord {
         (0..8u8).map(ReplicaSlot).find(|slot| !self.slots_used.contains(*slot))
     }
 
+    /// Ends the lineage at `fork_epoch`, the last epoch that the copy which goes on holds, and begins
+    /// `lineage`. That copy holds nothing younger of any earlier lineage either, so none of them has more in
+    /// common with what follows [R17].
+    pub(super) fn fork(&mut self, lineage: LineageId, fork_epoch: Epoch) {
+        for earlier in &mut self.history {
+            earlier.fork_epoch = earlier.fork_epoch.min(fork_epoch);
+        }
+        self.history.push(LineageFork { lineage: self.lineage, fork_epoch });
+        self.lineage = lineage;
+    }
+
     fn view(&self, cluster: ClusterId) -> ConfigView {
         ConfigView {
             index: self.index,
@@ -194,7 +207,8 @@ pub struct ClusterState {
     pub volumes: BTreeMap<VolumeId, VolumeRecord>,
     /// Index of the last entry applied, of any kind.
     pub applied: LogIndex,
-    /// Results of recent requests by origin, oldest first, at most [`REQUESTS_REMEMBERED_MAX`] each.
+    /// Results of recent requests by origin, oldest first: at most [`REQUESTS_REMEMBERED_MAX`] of a node,
+    /// and [`PROPOSALS_REMEMBERED_MAX`] of each of its replicas.
     pub recent: BTreeMap<NodeId, VecDeque<(RequestId, Applied)>>,
 }
 

@@ -12,8 +12,8 @@ mod volumes;
 
 use crate::types::{Epoch, LogIndex};
 
-use super::command::{Applied, ClusterOp, Command, Leadership};
-use super::state::{ClusterState, REQUESTS_REMEMBERED_MAX};
+use super::command::{Applied, ClusterOp, Command, Leadership, RequestId};
+use super::state::{ClusterState, PROPOSALS_REMEMBERED_MAX, REQUESTS_REMEMBERED_MAX};
 
 /// Reason of a refusal.
 type Refusal = String;
@@ -52,16 +52,25 @@ pub fn apply_under(
     Some(apply(state, index, command))
 }
 
-fn remember(state: &mut ClusterState, request: super::command::RequestId, applied: Applied) {
+fn remember(state: &mut ClusterState, request: RequestId, applied: Applied) {
     // Only nodes of the cluster leave a trace, so that the memory is bounded. The very first command
     // makes its own node one.
     if !state.nodes.contains_key(&request.node) {
         state.recent.remove(&request.node);
         return;
     }
+    // What the node itself asks and what each of its replicas proposes is bounded apart, so that no other
+    // volume's requests make a result forgotten while a replica still asks for it: a retry that met a
+    // changed epoch would be told "refused" of a change that took effect [R18].
+    let volumes = &state.volumes;
+    let origin = |id: &RequestId| id.volume.filter(|volume| volumes.contains_key(volume));
+    let mine = origin(&request);
+    let max = if mine.is_some() { PROPOSALS_REMEMBERED_MAX } else { REQUESTS_REMEMBERED_MAX };
     let results = state.recent.entry(request.node).or_default();
-    if results.len() >= REQUESTS_REMEMBERED_MAX {
-        results.pop_front();
+    // A volume that was deleted left its requests to the node.
+    while results.iter().filter(|(id, _)| origin(id) == mine).count() >= max {
+        let oldest = results.iter().position(|(id, _)| origin(id) == mine);
+        oldest.and_then(|at| results.remove(at));
     }
     results.push_back((request, applied));
 }

@@ -165,6 +165,24 @@ fn r17_a_force_forks_the_lineage_and_begins_a_reign() {
     assert_eq!(c.vol().reign.0, c.vol().epoch.0);
 }
 
+/// What the copy that was forced on lacks of a lineage, it lacks of all before it as well.
+#[test]
+fn r17_a_force_onto_an_older_copy_leaves_no_lineage_with_more_in_common_than_that_copy_holds() {
+    let mut c = Cluster::new(&[1, 2, 4]);
+    for other in [2, 4] {
+        c.propose_ok(member(1, 1), ProposalKind::Join(member(other, 1)));
+    }
+    // Node 2 left after epoch 3, node 4 after epoch 4: it holds writes of epoch 4 that 2 lacks.
+    c.propose_ok(member(1, 1), ProposalKind::Remove(member(2, 1)));
+    c.propose_ok(member(1, 1), ProposalKind::Remove(member(4, 1)));
+    let op = c.force(member(1, 1), 2, 5);
+    c.must(op);
+    let op = c.force(member(2, 1), 3, 3);
+    c.must(op);
+    let fork = |lineage| LineageFork { lineage: LineageId(lineage), fork_epoch: Epoch(3) };
+    assert_eq!(c.vol().history, [fork(1), fork(2)]);
+}
+
 #[test]
 fn r25_a_resize_only_grows_and_needs_every_member_ready() {
     let mut c = Cluster::pair();
@@ -208,7 +226,8 @@ fn a_retried_request_gets_its_result_and_has_no_second_effect() {
     for _ in 0..200 {
         c.propose_ok(member(1, 1), ProposalKind::Bump);
     }
-    assert!(c.state.recent.values().all(|r| r.len() <= super::REQUESTS_REMEMBERED_MAX));
+    let most = super::REQUESTS_REMEMBERED_MAX + super::PROPOSALS_REMEMBERED_MAX;
+    assert!(c.state.recent.values().all(|r| r.len() <= most));
 }
 
 #[test]
@@ -274,6 +293,53 @@ fn names_sizes_and_leases_are_checked() {
     };
     c.refused(change(c.epoch(), TIMEOUT_MAX + Duration::from_nanos(1)));
     c.must(change(c.epoch(), TIMEOUT_MAX));
+}
+
+#[test]
+fn settings_that_no_replica_can_work_with_are_refused() {
+    let mut c = Cluster::new(&[1, 2]);
+    let good = VolumeSettings::default();
+    let change = |c: &Cluster, settings| ClusterOp::ChangeSettings {
+        volume: VOL,
+        expected_epoch: c.epoch(),
+        settings,
+    };
+    for bad in [
+        VolumeSettings { peer_timeout: Duration::MAX, ..good },
+        VolumeSettings { disk_timeout: Duration::ZERO, ..good },
+        VolumeSettings { intent_regions_max: 0, ..good },
+        VolumeSettings { resync_window_bytes: 1, ..good },
+    ] {
+        let op = change(&c, bad);
+        c.refused(op);
+    }
+    let op = change(&c, VolumeSettings { peer_timeout: Duration::from_secs(2), ..good });
+    c.must(op);
+}
+
+/// A replica that is told "refused" of its move serves again, so a move that took effect must not be
+/// forgotten while it still asks, whatever else its node asks meanwhile [R18].
+#[test]
+fn r18_other_requests_of_a_node_do_not_make_a_replicas_proposal_forgotten() {
+    let mut c = Cluster::pair();
+    let op = c.proposal(member(1, 1), ProposalKind::Move(member(2, 1)));
+    let request =
+        |volume, number| RequestId { node: NodeId(1), incarnation: member(1, 1).incarnation, volume, number };
+    let done = c.apply_as(request(Some(VOL), 1), op.clone());
+    assert!(done.is_done());
+    let lease = |ms| ClusterOp::SetLease { lease: Duration::from_millis(ms) };
+    for number in 0..200 {
+        // Of the node itself, and of a volume that is no more.
+        c.apply_as(request(None, number), lease(1000 + number));
+        c.apply_as(request(Some(crate::types::VolumeId(5)), number), lease(1000 + number));
+    }
+    assert_eq!(c.apply_as(request(Some(VOL), 1), op), done);
+    let most = super::REQUESTS_REMEMBERED_MAX + super::PROPOSALS_REMEMBERED_MAX;
+    assert!(c.state.recent.values().all(|r| r.len() <= most));
+    for number in 2..20 {
+        c.apply_as(request(Some(VOL), number), lease(1000 + number));
+    }
+    assert!(c.state.recent.values().all(|r| r.len() <= most));
 }
 
 #[test]

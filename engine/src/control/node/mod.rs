@@ -129,7 +129,7 @@ pub async fn start(options: ControlOptions, now: fn() -> Nanos) -> Result<Contro
     let opened = store::open(&options.dir, options.me)?;
     let listener = TcpListener::bind(options.listen)
         .await
-        .map_err(ControlError::io(format!("cannot listen on {}", options.listen)))?;
+        .map_err(|source| ControlError::Listen { addr: options.listen, source })?;
     let inner = Inner::start(options, opened, now).await?;
     inner.spawn(server::serve(Arc::clone(&inner), listener));
     inner.spawn(leader::watch_raft(Arc::clone(&inner)));

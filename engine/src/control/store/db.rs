@@ -13,13 +13,14 @@ use crate::types::ClusterId;
 
 use super::super::codec::{self, CodecError};
 use super::super::raft::{Entry, LogId, SnapshotMeta, StoredMembership, Vote};
-use super::super::state::ClusterState;
+use super::super::state::{ClusterState, StoreId};
 use super::StoreIdentity;
 
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
 
 const IDENTITY: &str = "identity";
+const IDENTITY_BEFORE: &str = "identity-before";
 const BOOT: &str = "boot";
 const CLUSTER: &str = "cluster";
 const VOTE: &str = "vote";
@@ -143,8 +144,9 @@ impl Db {
         self.get(IDENTITY)?.ok_or_else(|| DbError::Value(IDENTITY.into()))
     }
 
-    pub(in super::super) fn set_identity(&self, identity: StoreIdentity) -> Result<(), DbError> {
-        self.put(Durability::Immediate, IDENTITY, &identity)
+    /// The identity before the last recovery, if there was one.
+    pub(in super::super) fn identity_before(&self) -> Result<Option<StoreId>, DbError> {
+        self.get(IDENTITY_BEFORE)
     }
 
     pub(in super::super) fn boot(&self) -> Result<u64, DbError> {
@@ -273,15 +275,20 @@ impl Db {
         })
     }
 
-    /// Forgets log, vote and snapshot and starts over from `machine` under a new cluster [R19].
+    /// Forgets log, vote and snapshot and starts over from `machine` as `store` of a new cluster, in one
+    /// transaction [R19].
     pub(in super::super) fn restart_from(
         &self,
         machine: &Machine,
         cluster: ClusterId,
         vote: &Vote,
+        store: StoreId,
     ) -> Result<(), DbError> {
+        let before = self.identity()?;
         let purged = machine.last_applied.map(|id| codec::encode(&id)).transpose()?;
         let values = [
+            (IDENTITY, codec::encode(&StoreIdentity { store, ..before })?),
+            (IDENTITY_BEFORE, codec::encode(&before.store)?),
             (MACHINE, codec::encode(machine)?),
             (CLUSTER, codec::encode(&cluster)?),
             (VOTE, codec::encode(vote)?),

@@ -20,6 +20,7 @@ use redb::backends::FileBackend;
 use crate::types::{ClusterId, Incarnation, NodeId};
 
 use super::error::ControlError;
+use super::raft::Vote;
 use super::random::{random_u64, random_u128};
 use super::state::StoreId;
 
@@ -53,8 +54,14 @@ pub(super) fn store_path(dir: &Path) -> PathBuf {
 /// Creates the store of a new node and mints its identity.
 pub(super) fn create(dir: &Path, me: NodeId) -> Result<StoreId, ControlError> {
     let path = store_path(dir);
-    if path.exists() || boot::path(dir).exists() {
+    if path.symlink_metadata().is_ok() {
         return Err(ControlError::Exists(path));
+    }
+    // The boot file comes first: alone and without a start it is what a creation left that was cut short.
+    // With a start, or unreadable, it says that a store was here and is lost [R13].
+    let boot_file = boot::path(dir);
+    if boot_file.symlink_metadata().is_ok() && !matches!(boot::read(dir), Ok((_, 0))) {
+        return Err(ControlError::Exists(boot_file));
     }
     if me == NodeId(0) {
         return Err(ControlError::Options("node ids start at 1".into()));
@@ -109,7 +116,9 @@ pub(super) fn open_uncounted(dir: &Path, me: NodeId) -> Result<(Db, StoreIdentit
     if identity.node != me {
         return Err(ControlError::OtherNode { path: path.clone(), found: identity.node, me });
     }
-    if identity.store != boot_store {
+    // The file still names the identity before a recovery if the process died right after that.
+    let before = db.identity_before().map_err(|e| damaged(e.to_string()))?;
+    if identity.store != boot_store && before != Some(boot_store) {
         return Err(damaged(format!("the file `boot` beside it belongs to store {boot_store}")));
     }
     let boot = db.boot().map_err(|e| damaged(e.to_string()))?;
@@ -133,14 +142,19 @@ pub(super) fn open(dir: &Path, me: NodeId) -> Result<Opened, ControlError> {
     Ok(Opened { db, identity, incarnation: Incarnation { boot, nonce }, cluster })
 }
 
-/// Gives an existing store a new identity, after a recovery [R13, R19].
-pub(super) fn rename_identity(dir: &Path, db: &Db, node: NodeId, boot: u64) -> Result<StoreId, ControlError> {
-    let random = random_u128().map_err(ControlError::io("cannot draw a random number"))?;
-    let identity = StoreIdentity { store: StoreId(random), node };
-    // Should the process die in between, the two files disagree and the store is refused until the recovery
-    // is run again.
-    db.set_identity(identity)
+/// Starts an existing store over under a new identity, in a new cluster [R13, R19].
+pub(super) fn restart_as(
+    dir: &Path,
+    db: &Db,
+    boot: u64,
+    store: StoreId,
+    machine: &Machine,
+    cluster: ClusterId,
+    vote: &Vote,
+) -> Result<(), ControlError> {
+    // One transaction: the store is of the old cluster or of the new one. The file beside it follows; until
+    // it does the store knows it by the identity that it had before.
+    db.restart_from(machine, cluster, vote, store)
         .map_err(|e| ControlError::Damaged { path: store_path(dir), what: e.to_string() })?;
-    boot::write(dir, identity.store, boot)?;
-    Ok(identity.store)
+    boot::write(dir, store, boot)
 }

@@ -266,6 +266,48 @@ fn r13_a_store_is_never_created_by_opening_nor_over_another() {
 }
 
 #[test]
+fn r13_what_stands_in_the_way_of_a_creation_is_named_and_one_that_was_cut_short_is_repeated() {
+    let dir = tempfile::tempdir().unwrap();
+    create(dir.path(), NodeId(1)).unwrap();
+    let path = store_path(dir.path());
+    let Err(ControlError::Exists(named)) = create(dir.path(), NodeId(1)) else { panic!("created twice") };
+    assert_eq!(named, path);
+    // Cut short: the boot file is there, the store is not, and nothing ever ran.
+    fs::remove_file(&path).unwrap();
+    create(dir.path(), NodeId(1)).unwrap();
+    drop(open(dir.path(), NodeId(1)).unwrap());
+    // Lost after it ran: it has cast votes.
+    fs::remove_file(&path).unwrap();
+    let Err(ControlError::Exists(named)) = create(dir.path(), NodeId(1)) else { panic!("made anew") };
+    assert_eq!(named, boot::path(dir.path()));
+}
+
+#[test]
+fn r19_a_recovery_that_dies_before_the_boot_file_is_written_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let old = create(dir.path(), NodeId(1)).unwrap();
+    drop(open(dir.path(), NodeId(1)).unwrap());
+    let before = fs::read(boot::path(dir.path())).unwrap();
+    let (new, cluster) = (StoreId(old.0 ^ 1), ClusterId(9));
+    let (db, _, boot) = open_uncounted(dir.path(), NodeId(1)).unwrap();
+    restart_as(dir.path(), &db, boot, new, &Machine::default(), cluster, &Vote::new(3, 1)).unwrap();
+    drop(db);
+    fs::write(boot::path(dir.path()), before).unwrap();
+    // Recovering once more would do as well as starting.
+    drop(open_uncounted(dir.path(), NodeId(1)).unwrap());
+    let opened = open(dir.path(), NodeId(1)).unwrap();
+    assert_eq!((opened.identity.store, opened.cluster), (new, Some(cluster)));
+    assert_eq!((opened.incarnation.boot, boot::read(dir.path()).unwrap()), (2, (new, 2)));
+    assert_eq!(opened.db.vote().unwrap(), Some(Vote::new(3, 1)));
+    // The store of before the recovery is no way back.
+    drop(opened);
+    let other = tempfile::tempdir().unwrap();
+    create(other.path(), NodeId(1)).unwrap();
+    fs::copy(boot::path(other.path()), boot::path(dir.path())).unwrap();
+    assert!(matches!(open(dir.path(), NodeId(1)), Err(ControlError::Damaged { .. })));
+}
+
+#[test]
 fn r13_a_store_that_was_rolled_back_damaged_or_mixed_up_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     create(dir.path(), NodeId(1)).unwrap();
