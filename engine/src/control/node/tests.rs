@@ -457,7 +457,7 @@ async fn strangers_that_say_nothing_do_not_keep_the_nodes_apart() {
     group.create_volume(1).await;
     let mut silent = Vec::new();
     for addr in &group.addrs[..3] {
-        for _ in 0..2 * super::server::CONNECTIONS_MAX {
+        for _ in 0..2 * server::CONNECTIONS_MAX {
             silent.push(tokio::net::TcpStream::connect(addr).await.unwrap());
         }
     }
