@@ -210,7 +210,7 @@ async fn start_control(config: &NodeConfig, os_boot: u128) -> anyhow::Result<Con
             config.file.display()
         )),
         ControlError::Missing(_) => anyhow::Error::new(error).context(format!(
-            "{} has no store; on a new node make it with: blkrepl init --config {}",
+            "{} has no store (config {})",
             config.name,
             config.file.display()
         )),

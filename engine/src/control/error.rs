@@ -20,7 +20,7 @@ pub enum ControlError {
     /// `open` where none is. It is never created silently, since a node that lost its votes must not vote
     /// again [R13].
     #[error(
-        "{0} does not exist; on a new node create it with `blkrepl node init`; if this node lost its disk, \
+        "{0} does not exist; on a new node create it with `blkrepl init --config FILE`; if this node lost its disk, \
          remove the node from the cluster and add it under a new id"
     )]
     Missing(PathBuf),
