@@ -182,6 +182,9 @@ fn set_up_log(default: &str) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(ansi)
+        // A log that cannot be written (its disk is full) must not become the node's trouble: the subscriber
+        // would report that on standard error, which panics there if it is the same full disk.
+        .log_internal_errors(false)
         .try_init();
 }
 

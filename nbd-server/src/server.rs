@@ -39,12 +39,15 @@ pub struct ServerOptions {
     /// Most connections that negotiate at once, for each address that the server listens on; at least 1. While
     /// others wait, each is closed after a second.
     pub negotiations_max: usize,
+    /// Highest file descriptor that a connection may get; one with a higher number is closed at once. Leaves
+    /// descriptors to what the process needs besides clients, since the kernel gives out the lowest free one.
+    pub descriptor_max: i32,
 }
 
 impl Default for ServerOptions {
-    /// 10 seconds, 256 connections.
+    /// 10 seconds, 256 connections, any descriptor.
     fn default() -> Self {
-        Self { negotiation_timeout: Duration::from_secs(10), negotiations_max: 256 }
+        Self { negotiation_timeout: Duration::from_secs(10), negotiations_max: 256, descriptor_max: i32::MAX }
     }
 }
 
@@ -125,6 +128,16 @@ impl Acceptor {
                 accepted = self.listener.accept(), if room => accepted,
             };
             match accepted {
+                Ok((stream, peer)) if stream.descriptor() > self.options.descriptor_max => {
+                    tracing::warn!(
+                        peer,
+                        "NBD connection refused: too many open files; end clients or raise the limit of open \
+                         files (LimitNOFILE=, ulimit -n)"
+                    );
+                    drop(stream);
+                    // Who connects again at once must not fill the log.
+                    tokio::time::sleep(ACCEPT_RETRY_PAUSE).await;
+                }
                 Ok((stream, peer)) => {
                     let exports = Arc::clone(&self.exports);
                     let timeout = self.options.negotiation_timeout;

@@ -370,7 +370,11 @@ fn garbage_in_the_transmission_phase_closes() {
 
 #[test]
 fn a_client_that_says_nothing_is_closed_and_its_place_given_to_the_next() {
-    let options = ServerOptions { negotiation_timeout: Duration::from_millis(300), negotiations_max: 1 };
+    let options = ServerOptions {
+        negotiation_timeout: Duration::from_millis(300),
+        negotiations_max: 1,
+        ..ServerOptions::default()
+    };
     let server = TestServer::with(Memory::one(&Volume::new(MIB, Manner::InOrder)), options);
     let started = Instant::now();
     let mut silent = UnixStream::connect(server.socket()).unwrap();
@@ -380,6 +384,14 @@ fn a_client_that_says_nothing_is_closed_and_its_place_given_to_the_next() {
     assert!(started.elapsed() >= options.negotiation_timeout, "there is room for one negotiation only");
     client.flush().unwrap();
     assert_eq!(silent.read(&mut greeting).unwrap(), 0);
+}
+
+#[test]
+fn a_connection_beyond_the_descriptors_for_clients_is_closed_at_once() {
+    let options = ServerOptions { descriptor_max: 2, ..ServerOptions::default() };
+    let server = TestServer::with(Memory::one(&Volume::new(MIB, Manner::InOrder)), options);
+    let mut stream = UnixStream::connect(server.socket()).unwrap();
+    assert_eq!(stream.read(&mut [0; GREETING_LEN]).unwrap(), 0);
 }
 
 #[test]

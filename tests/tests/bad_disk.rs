@@ -292,3 +292,29 @@ fn a_full_disk_makes_the_primary_hand_over() {
         fill_up(cluster, "n1")
     });
 }
+
+/// The node's log goes to a full disk, too: what cannot be logged is lost, and nothing else.
+#[test]
+fn a_log_that_cannot_be_written_changes_nothing() {
+    with_cluster("full_log", ClusterOptions::by_hand(64 * MIB, 2), |cluster| {
+        let script = cluster.dir().join("full-log");
+        fs::write(&script, "#!/bin/sh\nexec \"$@\" 2>/dev/full\n")?;
+        fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        let mut verifier = Verifier::new(cluster.targets()?, VerifierOptions::default());
+        for node in ["n1", "n2"] {
+            cluster.kill(node)?;
+            cluster.restart_under(node, &script)?;
+            cluster.wait_in_sync(SYNC_LIMIT)?;
+        }
+        let load = verifier.start();
+        for to in ["n1", "n2", "n1"] {
+            load.wait_progress(300, FAILOVER_LIMIT)?;
+            cluster.cli("n1", &["move", "vol0", "--to", to])?.ok()?;
+        }
+        load.wait_progress(300, FAILOVER_LIMIT)?;
+        load.stop()?;
+        cluster.wait_in_sync(SYNC_LIMIT)?;
+        verifier.verify()?;
+        cluster.compare_replicas()
+    });
+}

@@ -19,6 +19,7 @@ use anyhow::Context;
 use blkrepl_engine::control::{self, Control, ControlError, ControlOptions, Founder, NodeAddrs, NodeKind};
 use blkrepl_engine::reactor::boottime_now;
 use blkrepl_nbd::{ListenAddr, Server, ServerOptions};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -31,6 +32,9 @@ use exports::NodeExports;
 use node::Node;
 use peers::PeerGate;
 
+/// File descriptors that are kept from clients: connections of other nodes and operators (128 each, and 64
+/// handshakes), and files.
+const DESCRIPTORS_KEPT: i32 = 384;
 /// How long volumes get for a clean stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -40,6 +44,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// It cannot start (directory, ports, store), or did not stop cleanly.
 pub fn run(config: NodeConfig) -> anyhow::Result<()> {
     let lock = DirLock::take(&config.dir, PID_FILE, "daemon")?;
+    end_with_any_panic();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(16)
@@ -49,6 +54,20 @@ pub fn run(config: NodeConfig) -> anyhow::Result<()> {
     runtime.shutdown_timeout(Duration::from_millis(500));
     drop(lock);
     result
+}
+
+/// From now on a panic on this thread, which runs every task of the node, ends the process. A node without
+/// one of its tasks would look alive and keep its role while nobody does its part; one that is gone is replaced.
+/// Volumes have threads of their own, which report how they end.
+fn end_with_any_panic() {
+    let node = std::thread::current().id();
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        if std::thread::current().id() == node {
+            std::process::abort();
+        }
+    }));
 }
 
 async fn daemon(config: NodeConfig) -> anyhow::Result<()> {
@@ -130,9 +149,24 @@ impl Sockets {
         })?;
         let mut listen = vec![ListenAddr::Unix(config.nbd_unix.clone())];
         listen.extend(config.nbd_tcp.map(ListenAddr::Tcp));
-        let nbd = Server::start(&listen, exports, ServerOptions::default()).await?;
+        let options = ServerOptions { descriptor_max: descriptors_for_clients(), ..ServerOptions::default() };
+        let nbd = Server::start(&listen, exports, options).await?;
         Ok(Self { peers: Some(peers), nbd: Some(nbd), admin })
     }
+}
+
+/// Raises the limit of open files as far as it goes, and returns the highest descriptor that a client's
+/// connection may have. The rest is for files, peers, the control plane and the operator: clients must not be
+/// able to cut a node off from its cluster.
+fn descriptors_for_clients() -> i32 {
+    let mut limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit = raised,
+        Err(error) => tracing::debug!("the limit of open files stays at {:?}: {error}", limit.current),
+    }
+    let Some(most) = limit.current.and_then(|most| i32::try_from(most).ok()) else { return i32::MAX };
+    most - DESCRIPTORS_KEPT.min(most / 2)
 }
 
 fn control_options(config: &NodeConfig, os_boot: u128) -> ControlOptions {
@@ -162,6 +196,13 @@ fn control_options(config: &NodeConfig, os_boot: u128) -> ControlOptions {
 async fn start_control(config: &NodeConfig, os_boot: u128) -> anyhow::Result<Control> {
     let started = control::start(control_options(config, os_boot), boottime_now).await;
     started.map_err(|error| match error {
+        ControlError::Io { ref source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+            anyhow::Error::new(error).context(format!(
+                "cannot start the control plane of {}: free some space in {} and start it again",
+                config.name,
+                config.dir.display()
+            ))
+        }
         ControlError::Io { .. } => anyhow::Error::new(error).context(format!(
             "cannot start the control plane of {} (if its address is in use, end who uses it, `ss -ltnp` \
             shows it, or change listen.control in {} and the [[cluster]] lists)",
@@ -169,7 +210,7 @@ async fn start_control(config: &NodeConfig, os_boot: u128) -> anyhow::Result<Con
             config.file.display()
         )),
         ControlError::Missing(_) => anyhow::Error::new(error).context(format!(
-            "{} has no store; on a new node make it with: blkrepl init --config {}",
+            "{} has no store (config {})",
             config.name,
             config.file.display()
         )),

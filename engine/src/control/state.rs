@@ -12,8 +12,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::types::{
-    ClusterId, ConfigView, Epoch, Geometry, Incarnation, LineageFork, LineageId, LogIndex, Member, NodeId,
-    Reign, ReplicaSlot, ReplicaView, SlotSet, VolumeId, VolumeSettings,
+    BLOCK_SIZE_DEFAULT, ClusterId, ConfigView, Epoch, Geometry, Incarnation, LineageFork, LineageId,
+    LogIndex, Member, NodeId, Reign, ReplicaSlot, ReplicaView, SlotSet, VolumeId, VolumeSettings,
 };
 
 use super::command::{Applied, RequestId};
@@ -30,6 +30,8 @@ pub const ADDR_LEN_MAX: usize = 256;
 pub const LEASE_MIN: Duration = Duration::from_millis(100);
 /// Longest lease that can be set.
 pub const LEASE_MAX: Duration = Duration::from_secs(60);
+/// Shortest timeout of a volume that can be set.
+pub const TIMEOUT_MIN: Duration = Duration::from_millis(1);
 /// Longest timeout of a volume that can be set.
 pub const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Results remembered per node so that a retried request has no second effect.
@@ -230,19 +232,24 @@ impl Default for ClusterState {
     }
 }
 
-/// Says whether the settings of a volume can be used.
-///
-/// # Errors
-/// A sentence that names the rule.
-pub(super) fn check_settings(settings: &VolumeSettings) -> Result<(), String> {
-    // Far beyond it a timeout would not fit the nanoseconds of the peer protocol.
-    match [settings.peer_timeout, settings.disk_timeout].into_iter().max() {
-        Some(longest) if longest > TIMEOUT_MAX => {
-            let (longest, most) = (longest.as_secs(), TIMEOUT_MAX.as_secs());
-            Err(format!("a timeout of {longest} s is too long; choose at most {most} s"))
+/// Settings that a replica can work with: with others it would stand still, or overflow in reckoning with
+/// them, on every node at once.
+pub(super) fn check_settings(s: &VolumeSettings) -> Result<(), String> {
+    for (what, given) in [("peer_timeout", s.peer_timeout), ("disk_timeout", s.disk_timeout)] {
+        if !(TIMEOUT_MIN..=TIMEOUT_MAX).contains(&given) {
+            return Err(format!("{what} {given:?} is not between {TIMEOUT_MIN:?} and {TIMEOUT_MAX:?}"));
         }
-        _ => Ok(()),
     }
+    if s.intent_regions_max == 0 {
+        return Err("intent_regions_max 0 leaves no region to write to; at least 1 is needed".into());
+    }
+    if s.resync_window_bytes < BLOCK_SIZE_DEFAULT {
+        return Err(format!(
+            "resync_window_bytes {} holds no block; at least {BLOCK_SIZE_DEFAULT} are needed",
+            s.resync_window_bytes
+        ));
+    }
+    Ok(())
 }
 
 impl ClusterState {

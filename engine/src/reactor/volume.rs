@@ -430,16 +430,16 @@ impl<C: Core> Volume<C> {
     /// The volume cannot go on: says so where health is judged.
     fn fail(&mut self, reason: &str) {
         let text = format!("{reason}; this replica does nothing any more until its node is started again");
-        tracing::error!(volume = self.shared.name(), "{text}");
         let status = Arc::new(ReplicaStatus {
             state: ReplicaState::Failed,
             health: Health::Unhealthy(text.clone()),
             serving: false,
-            failure: Some(text),
+            failure: Some(text.clone()),
             ..(*self.board.last).clone()
         });
         self.shared.publish(Arc::clone(&status));
         self.hooks.status_changed(status);
+        tracing::error!(volume = self.shared.name(), "{text}");
     }
 
     /// After a clean stop: lets the last answers and frames leave.

@@ -1,10 +1,8 @@
 //! The rules about volumes: who may change what [R2, R6, R9, R10, R17, R18, R25].
 
-use std::time::Duration;
-
 use crate::types::{
-    BLOCK_SIZE_DEFAULT, Epoch, Geometry, LineageId, LogIndex, Member, NodeId, Proposal, ProposalKind,
-    REPLICAS_MAX, Reign, ReplicaSlot, ReplicaView, SlotSet, VolumeId, VolumeSettings,
+    Epoch, Geometry, LineageId, LogIndex, Member, NodeId, Proposal, ProposalKind, REPLICAS_MAX, Reign,
+    ReplicaSlot, ReplicaView, SlotSet, VolumeId, VolumeSettings,
 };
 
 use super::super::command::{ClusterOp, Prepared};
@@ -14,10 +12,6 @@ use super::{Effect, Refusal};
 
 /// Earlier incarnations remembered of a member that was promoted after restarts.
 const CONTINUED_MAX: usize = 16;
-/// Shortest peer or disk time-out of a volume.
-const TIMEOUT_MIN: Duration = Duration::from_millis(1);
-/// Longest peer or disk time-out of a volume.
-const TIMEOUT_MAX: Duration = Duration::from_secs(3600);
 
 pub(super) fn apply(state: &mut ClusterState, index: LogIndex, op: ClusterOp) -> Effect {
     match op {
@@ -127,7 +121,6 @@ fn create(state: &mut ClusterState, index: LogIndex, new: New) -> Effect {
     check_settings(&new.settings)?;
     let g = new.geometry;
     Geometry::new(g.size(), g.block_size(), g.region_size()).map_err(|e| e.to_string())?;
-    check_settings(&new.settings)?;
     let mut nodes = new.replicas;
     nodes.sort_unstable();
     nodes.dedup();
@@ -166,26 +159,6 @@ fn create(state: &mut ClusterState, index: LogIndex, new: New) -> Effect {
     };
     state.volumes.insert(record.id, record);
     Ok(Some(Epoch(1)))
-}
-
-/// Settings that a replica can work with: with others it would stand still, or overflow in reckoning with
-/// them, on every node at once.
-fn check_settings(s: &VolumeSettings) -> Result<(), Refusal> {
-    for (what, given) in [("peer_timeout", s.peer_timeout), ("disk_timeout", s.disk_timeout)] {
-        if !(TIMEOUT_MIN..=TIMEOUT_MAX).contains(&given) {
-            return Err(format!("{what} {given:?} is not between {TIMEOUT_MIN:?} and {TIMEOUT_MAX:?}"));
-        }
-    }
-    if s.intent_regions_max == 0 {
-        return Err("intent_regions_max 0 leaves no region to write to; at least 1 is needed".into());
-    }
-    if s.resync_window_bytes < BLOCK_SIZE_DEFAULT {
-        return Err(format!(
-            "resync_window_bytes {} holds no block; at least {BLOCK_SIZE_DEFAULT} are needed",
-            s.resync_window_bytes
-        ));
-    }
-    Ok(())
 }
 
 fn check_data_node(state: &ClusterState, node: NodeId) -> Result<(), Refusal> {
