@@ -97,7 +97,7 @@ impl Failover {
             });
         }
         if let Some(missing) = volume.in_sync.iter().find(|m| !state.has_restarted(**m)) {
-            return Err(why_not_alive(reports, volume, *missing));
+            return Err(why_not_alive(state, reports, volume, *missing));
         }
         let to = self.choose_restarted(state, leases, reports, volume, now)?;
         Ok(ClusterOp::PromoteRestarted {
@@ -122,13 +122,13 @@ impl Failover {
         let mut refused = Vec::new();
         for named in &volume.in_sync {
             let Some((to, said)) = current(state, leases, reports, volume.id, named.node, now) else {
-                refused.push(format!("{} has not reported", named.node));
+                refused.push(format!("{} has not reported", state.node_label(named.node)));
                 continue;
             };
             // One that is not healthy may have only just started: it counts as heard when it is.
             reported += usize::from(said.health == Health::Healthy);
             if let Err(why) = eligible_restarted(volume, *named, said) {
-                refused.push(format!("{}: {why}", named.node));
+                refused.push(format!("{}: {why}", state.node_label(named.node)));
                 continue;
             }
             let was_primary = volume.primary_last.is_some_and(|p| p.node == named.node);
@@ -215,17 +215,17 @@ pub fn eligible_restarted(volume: &VolumeRecord, named: Member, said: &VolumeRep
     }
 }
 
-fn why_not_alive(reports: &Reports, volume: &VolumeRecord, missing: Member) -> String {
+fn why_not_alive(state: &ClusterState, reports: &Reports, volume: &VolumeRecord, missing: Member) -> String {
+    let name = state.node_label(missing.node);
     let said = reports.get(&missing.node).filter(|r| r.member == missing);
     let health = said.and_then(|r| r.volumes.get(&volume.id)).map(|v| &v.health);
     match health {
         Some(Health::Unhealthy(why)) => format!(
-            "{} is in sync but unhealthy ({why}) and no other member can take over; repair it, or force",
-            missing.node
+            "{name} is in sync but unhealthy ({why}) and no other member can take over; repair it, or force"
         ),
         _ => format!(
-            "{} is in sync as run {} and does not answer; bring it back, or force another replica",
-            missing.node, missing.incarnation
+            "{name} is in sync as run {} and does not answer; bring it back, or force another replica",
+            missing.incarnation
         ),
     }
 }

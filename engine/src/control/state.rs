@@ -271,6 +271,12 @@ impl ClusterState {
         self.nodes.values().find(|n| n.name == name)
     }
 
+    /// What people call a node: its name, or its id if it is not known here.
+    #[must_use]
+    pub fn node_label(&self, node: NodeId) -> String {
+        self.nodes.get(&node).map_or_else(|| node.to_string(), |n| n.name.clone())
+    }
+
     /// The newest registered incarnation of a node.
     #[must_use]
     pub fn newest(&self, node: NodeId) -> Option<Incarnation> {

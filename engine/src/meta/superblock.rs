@@ -221,8 +221,9 @@ pub enum SuperblockError {
     },
     /// Neither copy can be used.
     #[error(
-        "neither copy of the superblock can be used ({a}; {b}). If another replica is in sync, move this \
-         metadata file away: the replica is then set up anew and copies everything"
+        "neither copy of the superblock can be used ({a}; {b}). If another replica is in sync, give this one \
+         up: move its metadata file and its data file away and restart the node, or run `blkrepl volume \
+         recreate VOL --discard-data` on it; the replica is then made anew and copies everything"
     )]
     Both {
         /// What is wrong with copy A.

@@ -22,7 +22,7 @@ use super::super::network::Peers;
 use super::super::raft::Raft;
 use super::super::rpc::{ADMIN_BYTES_MAX, ReplyBody, RequestBody, Sender};
 use super::super::rpc::{COMMAND_BYTES_MAX, ENTRIES_PER_MESSAGE_MAX, HEALTH_TEXT_MAX};
-use super::super::state::{ClusterState, VOLUMES_MAX};
+use super::super::state::{ClusterState, LEASE_MAX, LEASE_MIN, VOLUMES_MAX};
 use super::super::store::{Closed, Opened, StateMachine, StoreHandle};
 use super::leader::Lead;
 use super::{AdminHandler, ControlOptions, LeaderView};
@@ -76,6 +76,13 @@ pub(super) fn check_options(o: &ControlOptions) -> Result<(), ControlError> {
     ids.dedup();
     if ids.len() != o.founders.len() {
         return bad("the config names a node id twice".into());
+    }
+    if !(LEASE_MIN..=LEASE_MAX).contains(&o.lease) {
+        // The cluster state takes no other: the cluster would never be founded.
+        return bad(format!(
+            "a lease of {:?} is not between {LEASE_MIN:?} and {LEASE_MAX:?}; change [timing] lease_ms in node.toml",
+            o.lease
+        ));
     }
     raft_config(o).map(drop)
 }
@@ -158,6 +165,16 @@ impl Inner {
         let mut tasks = lock(&self.tasks);
         while tasks.try_join_next().is_some() {}
         tasks.spawn(task);
+    }
+
+    /// As `spawn`, for a task without which this is no node any more: should it panic, the node fails. Else
+    /// it would go on renewing its lease, or leading, with a part of it standing still.
+    pub(super) fn spawn_vital(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let guard = FailsOnPanic { node: Weak::clone(&self.this), name };
+        self.spawn(async move {
+            let _guard = guard;
+            task.await;
+        });
     }
 
     /// Stops all tasks, some time soon.
@@ -329,6 +346,25 @@ impl Inner {
             ReplyBody::NotLeader(_) => Attempt::NoEffect("the leader has changed".into()),
             ReplyBody::Failed(why) => Attempt::Uncertain(why),
             other => Attempt::Uncertain(format!("unexpected answer {other:?}")),
+        }
+    }
+}
+
+/// Dropped by the unwinding of a task, it fails the node.
+struct FailsOnPanic {
+    node: Weak<Inner>,
+    name: &'static str,
+}
+
+impl Drop for FailsOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Some(node) = self.node.upgrade()
+        {
+            node.fail(format!(
+                "its task `{}` panicked, which is a bug; restart the node and report the log above",
+                self.name
+            ));
         }
     }
 }

@@ -108,6 +108,8 @@ pub(super) async fn watch_raft(inner: Arc<Inner>) {
             }
         }
         if metrics.changed().await.is_err() {
+            // The tasks of a node that stops end before its Raft does, so this is a panic in there.
+            inner.fail("Raft ended without a reason; restart the node and report the log above".into());
             return;
         }
     }
@@ -273,7 +275,7 @@ impl Inner {
                 if operator && lead.table.is_alive(primary, now) && !is_sick(&lead.reports, volume, primary) {
                     return Err(ReplyBody::Declined(format!(
                         "{} is primary and alive; use `blkrepl move`, which loses nothing",
-                        primary.node
+                        state.node_label(primary.node)
                     )));
                 }
             }
@@ -431,7 +433,8 @@ fn check_restarted(state: &ClusterState, reports: &Reports, op: &ClusterOp) -> R
         Some(said) => eligible_restarted(v, named, said),
         None => Err("has not reported yet".into()),
     };
-    verdict.map_err(|why| ReplyBody::Declined(format!("{} {why}; choose another, or force", to.node)))
+    let name = state.node_label(to.node);
+    verdict.map_err(|why| ReplyBody::Declined(format!("{name} {why}; choose another, or force")))
 }
 
 fn is_sick(reports: &Reports, volume: VolumeId, member: Member) -> bool {

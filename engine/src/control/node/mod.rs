@@ -131,13 +131,13 @@ pub async fn start(options: ControlOptions, now: fn() -> Nanos) -> Result<Contro
         .await
         .map_err(|source| ControlError::Listen { addr: options.listen, source })?;
     let inner = Inner::start(options, opened, now).await?;
-    inner.spawn(server::serve(Arc::clone(&inner), listener));
-    inner.spawn(leader::watch_raft(Arc::clone(&inner)));
-    inner.spawn(leader::lead(Arc::clone(&inner)));
-    inner.spawn(leader::keep_membership(Arc::clone(&inner)));
-    inner.spawn(renew::renew(Arc::clone(&inner)));
-    inner.spawn(renew::follow_applied(Arc::clone(&inner)));
-    inner.spawn(bootstrap::found(Arc::clone(&inner)));
+    inner.spawn_vital("serve", server::serve(Arc::clone(&inner), listener));
+    inner.spawn_vital("watch_raft", leader::watch_raft(Arc::clone(&inner)));
+    inner.spawn_vital("lead", leader::lead(Arc::clone(&inner)));
+    inner.spawn_vital("keep_membership", leader::keep_membership(Arc::clone(&inner)));
+    inner.spawn_vital("renew", renew::renew(Arc::clone(&inner)));
+    inner.spawn_vital("follow_applied", renew::follow_applied(Arc::clone(&inner)));
+    inner.spawn_vital("found", bootstrap::found(Arc::clone(&inner)));
     Ok(Control { running: Arc::new(Running { inner }) })
 }
 

@@ -394,6 +394,34 @@ async fn admin_calls_reach_the_handler_of_another_node_and_of_this_one() {
     assert!(g.node(1).call(NodeId(9), vec![]).await.is_err());
 }
 
+/// Else it would renew its lease for good while a part of it stands still.
+#[tokio::test]
+async fn a_node_whose_task_panics_says_that_it_failed() {
+    fn broken() -> Nanos {
+        panic!("no clock")
+    }
+    let dir = tempfile::tempdir().unwrap();
+    init(dir.path(), NodeId(1)).unwrap();
+    let addr = free_addrs(1)[0];
+    let mut options = ControlOptions::new(dir.path(), NodeId(1), addr);
+    let addrs = NodeAddrs { control: addr.to_string(), ..NodeAddrs::default() };
+    options.founders = vec![Founder { id: NodeId(1), name: "n1".into(), kind: NodeKind::Data, addrs }];
+    let taken = std::net::TcpListener::bind(addr).unwrap();
+    let text = start(options.clone(), broken).await.err().unwrap().to_string();
+    assert!(text.contains(&addr.to_string()) && text.contains("[listen] control"), "{text}");
+    drop(taken);
+    options.lease = Duration::from_millis(1);
+    let text = start(options.clone(), broken).await.err().unwrap().to_string();
+    assert!(text.contains("lease_ms"), "{text}");
+    options.lease = Duration::from_millis(1500);
+    let node = start(options, broken).await.unwrap();
+    let mut failed = node.failed();
+    let failed = tokio::time::timeout(Duration::from_secs(20), failed.wait_for(Option::is_some)).await;
+    let text = failed.unwrap().unwrap().clone().unwrap();
+    assert!(text.contains("panicked"), "{text}");
+    node.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r17_r19_a_forced_recovery_makes_a_new_cluster_that_refuses_the_old_voters() {
     let mut g = Group::new().await;
