@@ -10,6 +10,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -32,6 +33,9 @@ pub const SYNC_LIMIT: Duration = Duration::from_secs(90);
 pub const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// Longest time for a clean stop.
 pub const STOP_LIMIT: Duration = Duration::from_secs(20);
+
+/// Lowest port that is given to a node.
+const PORT_MIN: u16 = 20_000;
 
 static SLOT: Mutex<()> = Mutex::new(());
 
@@ -700,17 +704,32 @@ pub fn scratch_dir() -> Result<TempDir> {
     })
 }
 
-/// Loopback ports that nobody listens on at the moment, all different.
+/// Loopback ports that nobody listens on at the moment, all different, and none given out twice by this
+/// process. They lie below those that the kernel gives to outgoing connections, so that a node that is
+/// started again finds its port free.
 ///
 /// # Errors
-/// If the kernel has none to give.
+/// If there are not so many.
 pub fn free_ports(count: usize) -> Result<Vec<u16>> {
-    // All are held until all are known, so that none is given out twice.
-    let held: Vec<TcpListener> = (0..count)
-        .map(|_| TcpListener::bind(("127.0.0.1", 0)))
-        .collect::<std::io::Result<_>>()
-        .context("find free loopback ports")?;
-    held.iter().map(|l| Ok(l.local_addr().context("ask for a port's number")?.port())).collect()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let low = range.split_whitespace().next().and_then(|n| n.parse::<u16>().ok()).unwrap_or(32_768);
+    let end = if low > PORT_MIN + 1000 { low } else { u16::MAX };
+    let span = u32::from(end - PORT_MIN);
+    // Other test processes begin elsewhere.
+    let start = std::process::id().wrapping_mul(389);
+    let mut ports = Vec::new();
+    for _ in 0..span {
+        let step = NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = PORT_MIN + u16::try_from(start.wrapping_add(step) % span)?;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            ports.push(port);
+        }
+        if ports.len() == count {
+            return Ok(ports);
+        }
+    }
+    bail!("there are not {count} free ports between {PORT_MIN} and {end} on 127.0.0.1; end what uses them")
 }
 
 fn needle(entry: &NodeEntry) -> String {
@@ -720,6 +739,15 @@ fn needle(entry: &NodeEntry) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ports_lie_below_those_of_outgoing_connections_and_are_not_given_twice() {
+        let (a, b) = (free_ports(8).unwrap(), free_ports(8).unwrap());
+        assert!(a.iter().all(|port| !b.contains(port)));
+        let outgoing = (0..8).map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+        let lowest = outgoing.map(|l| l.local_addr().unwrap().port()).min().unwrap();
+        assert!(a.iter().chain(&b).all(|port| (PORT_MIN..lowest).contains(port)), "{a:?} {b:?} {lowest}");
+    }
 
     #[test]
     fn config_written_by_hand_is_toml_with_one_table_per_founder() {
