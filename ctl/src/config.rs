@@ -406,6 +406,7 @@ impl Checker<'_> {
         let low = value(&raw.election_min_ms, "timing.election_min_ms", ELECTION_MIN_MS_DEFAULT)?;
         let high = value(&raw.election_max_ms, "timing.election_max_ms", ELECTION_MAX_MS_DEFAULT)?;
         let rules = [
+            ((100..=60_000).contains(&lease), &raw.lease_ms, "timing.lease_ms", "between 100 and 60000"),
             (renew * 2 <= lease, &raw.renew_ms, "timing.renew_ms", "at most half of lease_ms"),
             (
                 heartbeat * 2 <= low,
@@ -526,6 +527,10 @@ data = "/dev/vg/vol0"
                 "key timing.renew_ms: must be at most half of lease_ms",
             ),
             (format!("{GOOD}\n[timing]\nlease_ms = 1\n"), "not in 10 to 600000"),
+            (
+                format!("{GOOD}\n[timing]\nlease_ms = 80000\n"),
+                "key timing.lease_ms: must be between 100 and 60000",
+            ),
         ];
         for (text, expected) in cases {
             let error = error(&text);
