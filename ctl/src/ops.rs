@@ -186,7 +186,12 @@ async fn discard(node: &Arc<Node>, new: NewVolume) -> Result<(), String> {
         return Err("the volume was created after all; its files stay".to_string());
     }
     let place = files::Place::of(&node.config, &new.name);
-    files::remove(&place).map_err(|e| e.to_string())
+    let (me, name) = (node.config.id, new.name.clone());
+    let removed = tokio::task::spawn_blocking(move || files::remove_first(&place, &new, me));
+    let removed = removed.await.map_err(|e| format!("removing the files panicked: {e}"))?;
+    // The volume that got the name may have found these files in its way.
+    node.open_again(&name).await;
+    removed.map_err(|e| e.to_string())
 }
 
 /// Asks a node (itself without the network).

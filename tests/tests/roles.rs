@@ -178,3 +178,37 @@ fn commands_that_cannot_be_done_say_why_and_exit_with_1_or_2() {
         cluster.wait_in_sync(SYNC_LIMIT).map(drop)
     });
 }
+
+/// Two creations of one name that begin on different nodes: one succeeds, on both nodes, whatever the other
+/// had made there already.
+#[test]
+fn of_two_creations_of_one_name_one_succeeds_whole() {
+    with_cluster("create_race", ClusterOptions::quick(SIZE), |cluster| {
+        for round in 0..5 {
+            let name = format!("twin{round}");
+            let codes: Vec<i32> = std::thread::scope(|scope| {
+                let asked: Vec<_> = [("n1", "n1,n2"), ("n2", "n2,n1")]
+                    .map(|(at, replicas)| {
+                        let args = ["volume", "create", &name, "--size", "16MiB", "--replicas", replicas];
+                        let (cluster, args) = (&*cluster, args.map(str::to_owned));
+                        scope.spawn(move || {
+                            let args: Vec<&str> = args.iter().map(String::as_str).collect();
+                            cluster.cli(at, &args).map(|done| done.code())
+                        })
+                    })
+                    .into_iter()
+                    .collect();
+                asked.into_iter().map(|a| a.join().expect("it does not panic")).collect::<Result<_>>()
+            })?;
+            ensure!(codes.contains(&0), "nobody created {name}: {codes:?}");
+            wait_for("both replicas of the new volume", SYNC_LIMIT, || {
+                let status = cluster.status_of("n1")?;
+                let volume = status.volume(&name)?;
+                volume.all_in_sync()?;
+                ensure!(volume.in_sync.len() == 2, "in sync are {:?}", volume.in_sync);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    });
+}

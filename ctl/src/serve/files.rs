@@ -4,7 +4,7 @@
 //! moved away. The first member of a new volume gets its files *before* the volume is committed, with its
 //! membership recorded in them, so that a crash right after the commit leaves nothing that only an
 //! operator could force. A file that exists is never overwritten here; [`remove`] is for files that an
-//! operator gave up, or that never belonged to a committed volume. Everything here blocks.
+//! operator gave up, [`remove_first`] for those that never belonged to a committed volume. Everything here blocks.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use blkrepl_engine::reactor::{
     self, Expected, LOCK_WAIT_DEFAULT, OpenVolume, ReactorError, ReactorOptions, VolumeHandle, VolumePaths,
 };
 use blkrepl_engine::replica::{Boot, Replica};
-use blkrepl_engine::types::{ClusterId, ConfigView, Epoch, Member, Nanos, Reign, ReplicaSlot};
+use blkrepl_engine::types::{ClusterId, ConfigView, Epoch, Member, Nanos, NodeId, Reign, ReplicaSlot};
 use blkrepl_engine::wire::BaseContent;
 use thiserror::Error;
 
@@ -214,6 +214,34 @@ pub fn remove(place: &Place) -> Result<(), OpenError> {
         }
     }
     Ok(())
+}
+
+/// Removes the files that [`create_first`] made for a volume that will never exist. Files of another volume
+/// stay: one of the same name may have been created meanwhile.
+///
+/// # Errors
+/// [`OpenError`].
+pub fn remove_first(place: &Place, new: &NewVolume, me: NodeId) -> Result<(), OpenError> {
+    let slots = (0u8..).map(ReplicaSlot).zip(&new.replicas);
+    let expected = Expected {
+        cluster: None,
+        volume: new.id,
+        node: me,
+        geometry: new.geometry,
+        other_slots: slots.filter(|(_, n)| **n != me).map(|(s, _)| s).collect(),
+    };
+    let open = reactor::open(&place.paths, &expected, LOCK_WAIT_DEFAULT)?;
+    // The metadata goes last: as long as it is there, nobody else makes files at this place.
+    if !is_block_device(&place.paths.data) {
+        remove_file(&place.paths.data)?;
+    }
+    remove_file(&place.paths.meta)?;
+    drop(open);
+    Ok(())
+}
+
+fn remove_file(path: &Path) -> Result<(), OpenError> {
+    std::fs::remove_file(path).map_err(|source| OpenError::Remove { path: path.to_owned(), source })
 }
 
 /// Fails if a file is there.

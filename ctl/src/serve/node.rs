@@ -32,6 +32,8 @@ use crate::events::{EventLog, Happening, describe};
 
 /// How long the config that shows a proposal's effect may take to arrive here after its outcome.
 const CONFIG_PATIENCE: Duration = Duration::from_secs(5);
+/// How long files that are being opened are waited for.
+const OPENING_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The node.
 pub struct Node {
@@ -221,6 +223,34 @@ impl Node {
             }
             keep
         });
+    }
+
+    /// Opens the replica of the volume of this name once more if it failed: what was in its way may be gone.
+    pub async fn open_again(self: &Arc<Self>, name: &str) {
+        let give_up = tokio::time::Instant::now() + OPENING_PATIENCE;
+        loop {
+            let failed = {
+                let mut volumes = self.lock();
+                let Some((&id, slot)) = volumes.iter_mut().find(|(_, slot)| slot.name == name) else {
+                    return;
+                };
+                match slot.phase {
+                    Phase::Running(_) => return,
+                    Phase::Failed(_) => {
+                        slot.phase = Phase::Opening;
+                        Some(id)
+                    }
+                    Phase::Opening => None,
+                }
+            };
+            if let Some(id) = failed {
+                return Arc::clone(self).open(id, false).await;
+            }
+            if tokio::time::Instant::now() >= give_up {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// Opens the files of a volume (or makes them, if there can be none yet) and starts its reactor.

@@ -273,7 +273,7 @@ pub fn open(paths: &VolumePaths, expected: &Expected, lock_wait: Duration) -> Re
 /// [`OpenError`]; no data was overwritten then.
 pub fn create(
     paths: &VolumePaths,
-    mut superblock: Superblock,
+    superblock: Superblock,
     other_slots: &[ReplicaSlot],
     others_zero: bool,
     lock_wait: Duration,
@@ -287,6 +287,31 @@ pub fn create(
     options.read(true).write(true).create(true).truncate(false);
     let meta = options.open(&making).map_err(failed("making", &making))?;
     lock(&meta, &making, Part::Meta, lock_wait)?;
+    // Another creator may have finished while this one waited for the lock: what is open here is then the
+    // metadata of its replica.
+    if !is_at(&meta, &making) || paths.meta.symlink_metadata().is_ok() {
+        return Err(OpenError::Exists { part: Part::Meta, path: paths.meta.clone() });
+    }
+    // A second descriptor of the same open file: the lock is kept until what is left has been removed.
+    let _lock = meta.try_clone().map_err(failed("keeping open", &making))?;
+    let made = create_locked(paths, meta, &making, superblock, other_slots, others_zero, lock_wait);
+    if made.is_err() && paths.meta.symlink_metadata().is_err() {
+        // On a full disk it is in everybody's way. It holds nothing.
+        let removed = std::fs::remove_file(&making);
+        tracing::debug!(file = %making.display(), ?removed, "gave up making a replica");
+    }
+    made
+}
+
+fn create_locked(
+    paths: &VolumePaths,
+    meta: File,
+    making: &Path,
+    mut superblock: Superblock,
+    other_slots: &[ReplicaSlot],
+    others_zero: bool,
+    lock_wait: Duration,
+) -> Result<OpenVolume, OpenError> {
     let geometry = superblock.geometry;
     let data = make_data(&paths.data, geometry.size(), lock_wait)?;
     let size = check_size(&data, &paths.data, geometry.size())?;
@@ -296,8 +321,8 @@ pub fn create(
     }
     superblock.identity = identity_of(&data, size).map_err(failed("examining", &paths.data))?;
     let mut image = Image::fresh(superblock, other_slots, others_zero && !is_device);
-    write_image(&meta, &mut image).map_err(failed("writing", &making))?;
-    std::fs::rename(&making, &paths.meta).map_err(failed("renaming", &making))?;
+    write_image(&meta, &mut image).map_err(failed("writing", making))?;
+    std::fs::rename(making, &paths.meta).map_err(failed("renaming", making))?;
     sync_directory(&paths.meta)?;
     let files = VolumeFiles { data: finish(data, &paths.data)?, meta: finish(meta, &paths.meta)?, geometry };
     Ok(OpenVolume { files, image, identity_changed: false })
@@ -380,6 +405,15 @@ fn lock(file: &File, path: &Path, part: Part, wait: Duration) -> Result<(), Open
     }
 }
 
+/// True if the open file is still the one at this path.
+fn is_at(file: &File, path: &Path) -> bool {
+    let key = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+    match (file.metadata(), std::fs::metadata(path)) {
+        (Ok(open), Ok(there)) => key(open) == key(there),
+        _ => false,
+    }
+}
+
 /// Makes the data file (or opens the device), locked, of the right size, tagged and durable.
 fn make_data(path: &Path, size: u64, lock_wait: Duration) -> Result<File, OpenError> {
     match std::fs::metadata(path) {
@@ -398,6 +432,9 @@ fn make_data(path: &Path, size: u64, lock_wait: Duration) -> Result<File, OpenEr
     options.read(true).write(true).create(true).truncate(false);
     let file = options.open(path).map_err(failed("making", path))?;
     lock(&file, path, Part::Data, lock_wait)?;
+    if !is_at(&file, path) {
+        return Err(OpenError::Missing { part: Part::Data, path: path.to_owned() });
+    }
     file.set_len(size).map_err(failed("sizing", path))?;
     let tag = random_tag().map_err(failed("reading", Path::new("/dev/urandom")))?;
     if let Err(error) = rustix::fs::fsetxattr(&file, TAG_NAME, &tag, XattrFlags::empty()) {

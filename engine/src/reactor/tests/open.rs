@@ -210,3 +210,27 @@ fn a_file_that_refuses_o_direct_is_used_without_it() {
     assert!(!crate::reactor::open::try_direct(&fd).unwrap());
     assert!(!rustix::fs::fcntl_getfl(&fd).unwrap().contains(rustix::fs::OFlags::DIRECT));
 }
+
+/// [R7]: of several who make the same replica one succeeds, and nobody writes into what it made.
+#[test]
+fn r7_of_several_creators_one_makes_the_files_and_the_others_leave_them_alone() {
+    for _ in 0..20 {
+        let dir = tempfile::tempdir().unwrap();
+        let creators: Vec<_> = (0..4_u64)
+            .map(|n| {
+                let paths = paths(&dir);
+                std::thread::spawn(move || {
+                    let superblock =
+                        Superblock { volume: VolumeId(100 + u128::from(n)), ..superblock(geometry(SIZE)) };
+                    let made = create(&paths, superblock, &[ReplicaSlot(1)], true, Duration::from_secs(5));
+                    made.map(|made| made.image.superblock.volume)
+                })
+            })
+            .collect();
+        let made: Vec<_> = creators.into_iter().filter_map(|c| c.join().unwrap().ok()).collect();
+        let [winner] = made[..] else { panic!("{made:?}") };
+        let opened = open(&paths(&dir), &Expected { volume: winner, ..expected() }, Duration::ZERO).unwrap();
+        assert_eq!(opened.image.superblock.volume, winner);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "nothing else is left");
+    }
+}
