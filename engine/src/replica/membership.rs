@@ -63,6 +63,7 @@ impl Replica {
             .chain(others.iter().map(|m| (m.node, m.incarnation)))
             .collect();
         self.retain_waiting();
+        self.ask_for_waiting_repairs();
     }
 
     /// Still primary in the same reign; something else changed.
@@ -165,7 +166,10 @@ impl Replica {
         let target = primary.targets.get(&node);
         let request = target.and_then(|t| t.requests.values().map(|r| r.asked).min());
         let call = match primary.phase {
-            Phase::TakingOver { since, .. } if peer.reported != Some(primary.reign) => Some(since),
+            // `down_since` is when the session came up, if there is one.
+            Phase::TakingOver { since, .. } if peer.reported != Some(primary.reign) => {
+                Some(since.max(peer.down_since))
+            }
             _ => None,
         };
         let asked = [
@@ -173,6 +177,7 @@ impl Replica {
             (flush, "a flush"),
             (request, "a block to compare or copy"),
             (call, "a take-over"),
+            (primary.repair_asked(node), "a block to mend another"),
         ];
         let (since, what) = asked.into_iter().filter_map(|(at, what)| Some((at?, what))).min()?;
         let waited = self.now.since(since);

@@ -29,6 +29,7 @@ pub(super) struct Session {
 pub(super) struct Peer {
     pub(super) slot: ReplicaSlot,
     pub(super) session: Option<Session>,
+    /// When the session was lost, or when the present one came up.
     pub(super) down_since: Nanos,
     pub(super) last_heard: Nanos,
     pub(super) last_sent: Nanos,

@@ -5,13 +5,13 @@
 //! read from a member of the ack set, under the exclusive lock, rewritten here (intent first) and only
 //! then answered [R20].
 
-use crate::types::{BlockRange, NodeId};
+use crate::types::{BlockRange, Nanos, NodeId};
 use crate::wire::{Payload, PeerMsg};
 
 use super::Replica;
 use super::disk::Purpose;
 use super::io::{ClientError, ClientOp, DiskErrorKind, DiskOp, DiskResult, Event, ReplyData};
-use super::primary::{LockOwner, Op, OpId, Planned, Stage};
+use super::primary::{LockOwner, Op, OpId, Planned, Primary, Stage};
 
 /// A repair under way.
 #[derive(Debug)]
@@ -19,9 +19,29 @@ pub(super) struct Repair {
     /// What is mended: the blocks of the read, or of the part whose edge could not be filled.
     blocks: BlockRange,
     tried: Vec<NodeId>,
-    request: Option<u64>,
+    /// What the last one tried was asked, and when.
+    request: Option<(u64, Nanos)>,
+    /// Nobody can be asked at the moment; whoever can be next will be.
+    waiting: bool,
     /// The plan of a write whose edges could not be filled, to go on with; `None` for a read.
     resume: Option<Vec<Planned>>,
+}
+
+impl Repair {
+    fn new(blocks: BlockRange, resume: Option<Vec<Planned>>) -> Self {
+        Self { blocks, tried: Vec::new(), request: None, waiting: false, resume }
+    }
+}
+
+impl Primary {
+    /// Since when `node` owes an answer to a repair.
+    pub(super) fn repair_asked(&self, node: NodeId) -> Option<Nanos> {
+        let owed = |op: &Op| {
+            let repair = op.repair.as_ref().filter(|r| r.tried.last() == Some(&node))?;
+            repair.request.map(|(_, asked)| asked)
+        };
+        self.ops.values().filter(|op| op.stage == Stage::Repair).filter_map(owed).min()
+    }
 }
 
 impl Replica {
@@ -59,7 +79,7 @@ impl Replica {
         let op = primary.ops.get_mut(&id).expect("the request of a read exists");
         op.stage = Stage::Repair;
         let blocks = op.blocks;
-        op.repair = Some(Repair { blocks, tried: Vec::new(), request: None, resume: None });
+        op.repair = Some(Repair::new(blocks, None));
         let (blocks, shared) = (op.blocks, op.lock.take().expect("a read holds its lock"));
         let let_in = primary.locks.release(shared);
         let (lock, granted) = primary.locks.acquire(blocks, true, LockOwner::Op(id));
@@ -86,7 +106,7 @@ impl Replica {
         }
         op.stage = Stage::Repair;
         let resume = Some(std::mem::take(&mut op.plan));
-        op.repair = Some(Repair { blocks, tried: Vec::new(), request: None, resume });
+        op.repair = Some(Repair::new(blocks, resume));
         self.ask_for_repair(id);
     }
 
@@ -97,18 +117,44 @@ impl Replica {
         let Some(repair) = &op.repair else { return };
         let (blocks, tried) = (repair.blocks, &repair.tried);
         let candidates: Vec<NodeId> = primary.acks.keys().copied().filter(|n| !tried.contains(n)).collect();
-        let next = candidates.into_iter().find_map(|n| self.reported_session(n).map(|s| (n, s)));
+        let next = candidates.iter().find_map(|n| self.reported_session(*n).map(|s| (*n, s)));
         let Some((node, session)) = next else {
-            return self.repair_impossible(id);
+            // A member that is not connected has a good copy: it comes back, or is removed.
+            return if candidates.is_empty() { self.repair_impossible(id) } else { self.repair_waits(id) };
         };
-        let request = self.request_id();
-        let reign = self.reign();
+        let (request, now, reign) = (self.request_id(), self.now, self.reign());
         let Some(primary) = &mut self.primary else { return };
         if let Some(repair) = primary.ops.get_mut(&id).and_then(|op| op.repair.as_mut()) {
             repair.tried.push(node);
-            repair.request = Some(request);
+            repair.request = Some((request, now));
         }
         self.send(session, PeerMsg::ReadRequest { reign, id: request, blocks });
+    }
+
+    fn repair_waits(&mut self, id: OpId) {
+        let op = self.primary.as_mut().and_then(|p| p.ops.get_mut(&id));
+        if let Some(repair) = op.and_then(|op| op.repair.as_mut()) {
+            repair.request = None;
+            repair.waiting = true;
+        }
+    }
+
+    /// Somebody may be asked who could not before, or whoever was asked has left the ack set.
+    pub(super) fn ask_for_waiting_repairs(&mut self) {
+        let Some(primary) = &mut self.primary else { return };
+        let acks = &primary.acks;
+        let left = |r: &Repair| r.request.is_some() && r.tried.last().is_some_and(|n| !acks.contains_key(n));
+        let mut ids = Vec::new();
+        for (id, op) in primary.ops.iter_mut().filter(|(_, op)| op.stage == Stage::Repair) {
+            if let Some(repair) = op.repair.as_mut().filter(|r| r.waiting || left(r)) {
+                repair.waiting = false;
+                repair.request = None;
+                ids.push(*id);
+            }
+        }
+        for id in ids {
+            self.ask_for_repair(id);
+        }
     }
 
     fn repair_impossible(&mut self, id: OpId) {
@@ -124,7 +170,8 @@ impl Replica {
     pub(super) fn repair_answered(&mut self, request: u64, payload: Option<Payload>) {
         let found = self.primary.as_mut().and_then(|p| {
             p.ops.iter_mut().find(|(_, op)| {
-                op.stage == Stage::Repair && op.repair.as_ref().is_some_and(|r| r.request == Some(request))
+                op.stage == Stage::Repair
+                    && op.repair.as_ref().is_some_and(|r| r.request.is_some_and(|(id, _)| id == request))
             })
         });
         let Some((id, op)) = found else {
@@ -150,13 +197,19 @@ impl Replica {
         }
     }
 
-    /// A member that was asked is gone: ask another.
+    /// A member that was asked is gone: ask another, or wait.
     pub(super) fn retry_repairs(&mut self, gone: NodeId) {
-        let Some(primary) = &self.primary else { return };
-        let waiting = |op: &Op| {
-            op.stage == Stage::Repair && op.repair.as_ref().is_some_and(|r| r.tried.last() == Some(&gone))
-        };
-        let ids: Vec<OpId> = primary.ops.iter().filter(|(_, op)| waiting(op)).map(|(id, _)| *id).collect();
+        let Some(primary) = &mut self.primary else { return };
+        let mut ids = Vec::new();
+        for (id, op) in primary.ops.iter_mut().filter(|(_, op)| op.stage == Stage::Repair) {
+            let asked = |r: &&mut Repair| r.request.is_some() && r.tried.last() == Some(&gone);
+            if let Some(repair) = op.repair.as_mut().filter(asked) {
+                // It did not answer; it may be asked again when it is back.
+                repair.tried.pop();
+                repair.request = None;
+                ids.push(*id);
+            }
+        }
         for id in ids {
             self.ask_for_repair(id);
         }

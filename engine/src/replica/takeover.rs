@@ -83,6 +83,7 @@ impl Replica {
         let Some(primary) = &self.primary else { return };
         if primary.serving() && self.reported_session(node).is_some() && primary.acks.contains_key(&node) {
             self.resend_parts(node);
+            self.ask_for_waiting_repairs();
         }
     }
 }

@@ -311,6 +311,50 @@ fn a_repair_that_a_change_of_reign_interrupts_releases_its_buffer_once() {
 }
 
 #[test]
+fn r20_a_repair_waits_for_a_member_that_is_not_connected_at_the_moment() {
+    let mut world = two();
+    let tag = world.write(node(1), 10, false);
+    world.run(2);
+    let disk = &mut world.nodes.get_mut(&node(1)).unwrap().disk;
+    disk.bad = vec![10];
+    disk.data[10] = 0;
+    world.cut(node(1), node(2));
+    world.read(node(1), 10);
+    world.settle();
+    assert_eq!(world.waiting(node(1)), 1, "not failed");
+    world.heal();
+    world.run(2);
+    assert_eq!(world.waiting(node(1)), 0);
+    assert_eq!(world.nodes[&node(1)].disk.data[10], tag);
+    // Asked, and lost before the answer.
+    world.nodes.get_mut(&node(1)).unwrap().disk.bad = vec![10];
+    world.cut_wire(node(2), node(1));
+    world.read(node(1), 10);
+    world.settle();
+    world.disconnect(node(1), node(2));
+    world.restore_wires();
+    world.run(2);
+    assert_eq!(world.waiting(node(1)), 0);
+    world.converge();
+}
+
+#[test]
+fn r20_a_repair_does_not_wait_for_ever_for_a_member_whose_disk_hangs() {
+    let mut world = two();
+    world.errors_allowed = true;
+    world.write(node(1), 10, false);
+    world.run(2);
+    world.nodes.get_mut(&node(1)).unwrap().disk.bad = vec![10];
+    world.nodes.get_mut(&node(2)).unwrap().hangs.push(super::world::Hang::Read);
+    world.read(node(1), 10);
+    world.run(20);
+    assert_eq!(world.waiting(node(1)), 1);
+    world.run(220);
+    assert_eq!(world.waiting(node(1)), 0, "node 2 was removed: nobody has a copy in reach");
+    world.converge();
+}
+
+#[test]
 fn a_replica_that_the_volume_did_not_have_before_gets_everything() {
     let mut world = two();
     for block in [3, 40] {
