@@ -570,6 +570,20 @@ fn r16_a_doubtful_superblock_that_says_something_else_than_the_config_is_not_bel
     assert!(world.nodes[&node(1)].events.iter().any(everything), "{:#?}", world.summary());
 }
 
+#[test]
+fn r21_a_copy_waits_for_the_write_of_its_block() {
+    let mut world = resync_at("resync_start");
+    hang(&mut world, 1, Hang::Write(5));
+    let newest = world.write(node(1), 5, false);
+    world.run(10);
+    assert_eq!(world.sent.get("compare").or(world.sent.get("copy")), None, "the block is being written");
+    return_all(&mut world);
+    world.run(10);
+    assert!(world.all_in_sync());
+    assert_eq!(world.nodes[&node(2)].disk.data[5], newest);
+    world.converge();
+}
+
 /// A live write for which there is no room is not sent; an older one of the same block must not clear
 /// the bit then, whatever else its answer covers.
 #[test]
