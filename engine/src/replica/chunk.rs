@@ -168,8 +168,9 @@ impl Replica {
         }
     }
 
-    /// A block of the source can't be read: leave its bit set, say so, try again later. A new primary would
-    /// never serve then: it leaves the role to a member that can read its own.
+    /// A block of the source can't be read: leave its bit set, say so, have it mended from another member's
+    /// copy [R20], try again later. A new primary would never serve then: it leaves the role to a member that
+    /// can read its own.
     fn chunk_unreadable(&mut self, node: NodeId, id: ChunkId, kind: DiskErrorKind) {
         let Some(primary) = &self.primary else { return };
         if !primary.serving() {
@@ -179,12 +180,16 @@ impl Replica {
             ));
         }
         let until = self.now.after(std::time::Duration::from_secs(1));
-        if let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) {
-            target.paused_until = until;
-        }
-        let reason = format!("its resync waits: a block can't be read at the source ({kind})");
+        let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) else { return };
+        target.paused_until = until;
+        let Some(chunk) = target.chunks.get(&id) else { return };
+        let blocks = chunk.blocks;
+        let (first, last) = (blocks.start.0, blocks.end() - 1);
+        let reason =
+            format!("its resync waits: blocks {first} to {last} can't be read at the source ({kind})");
         self.event(Event::Refused { node, reason });
         self.end_chunk(node, id);
+        self.mend(blocks);
     }
 
     fn chunk(&mut self, node: NodeId, id: ChunkId) -> Option<&mut Chunk> {
