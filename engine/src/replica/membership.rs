@@ -233,6 +233,11 @@ impl Replica {
         match outcome {
             // The config that shows it comes separately, and ends the wait.
             ProposalOutcome::Applied => {}
+            // Under another epoch its config ends the wait; under this one the change that it shall void
+            // may still come, and nothing is served until it can't [R18].
+            ProposalOutcome::Refused(_) if pending.proposal.kind == ProposalKind::Bump => {
+                pending.again = Some(retry);
+            }
             ProposalOutcome::Refused(reason) => {
                 let kind = pending.proposal.kind;
                 primary.pending = None;
