@@ -4,7 +4,7 @@
 //! they may depend on each other (a module may use those to its right, never to its left):
 //!
 //! ```text
-//! reactor -> replica -> { meta, wire } -> types
+//! reactor -> replica -> meta -> wire -> types
 //! control ------------------------------> types
 //! ```
 //!
