@@ -9,13 +9,15 @@
 //! ```
 //!
 //! `control` stands beside `replica`; they meet only in the plain data of [`types`]
-//! ([`types::ConfigView`], [`types::Proposal`]). Built without the features `control` and `reactor`
-//! the crate holds the sans-IO core alone: no clock, no socket, no file, no thread, no randomness.
+//! ([`types::ConfigView`], [`types::Proposal`]). Any module may ask [`mutation`], which is constant in
+//! production. Built without the features `control` and `reactor` the crate holds the sans-IO core alone:
+//! no clock, no socket, no file, no thread, no randomness.
 
 // Rule tags such as [R7] are references to the design, not links.
 #![allow(rustdoc::broken_intra_doc_links)]
 
 pub mod meta;
+pub mod mutation;
 pub mod replica;
 pub mod types;
 pub mod wire;

@@ -5,6 +5,7 @@
 //! by an intent map are compared by hash first, and only those that differ travel; all-zero blocks travel
 //! as a range.
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{BlockRange, NodeId};
 use crate::wire::{Payload, PeerMsg};
 
@@ -108,7 +109,8 @@ impl Replica {
         let id = ChunkId(self.request_id());
         let Some(primary) = &mut self.primary else { return };
         let Some(target) = primary.targets.get_mut(&node) else { return };
-        let (lock, granted) = primary.locks.acquire(range, true, LockOwner::Chunk(node, id));
+        let locked = if mutated(Mutation::CopyOvertakesWrite) { BlockRange::default() } else { range };
+        let (lock, granted) = primary.locks.acquire(locked, true, LockOwner::Chunk(node, id));
         let compare = region.is_some_and(|r| target.compares(r));
         let chunk = Chunk { range, lock, granted: false, blocks: range, compare, payload: None, left: 0 };
         target.chunks.insert(id, chunk);

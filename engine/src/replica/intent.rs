@@ -10,6 +10,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{BlockRange, Geometry, Nanos, RegionIndex};
 use crate::wire::{Run, WriteSeq};
 
@@ -154,7 +155,8 @@ impl IntentBook {
     }
 
     fn covered(region: &Region, stable: Option<WriteSeq>) -> bool {
-        !region.outside && stable.is_some_and(|s| region.last.unwrap_or_default() <= s)
+        mutated(Mutation::R5)
+            || !region.outside && stable.is_some_and(|s| region.last.unwrap_or_default() <= s)
     }
 
     /// Clears the bits of regions that have no write in flight, whose writes are all stable on the ack
@@ -185,10 +187,15 @@ impl IntentBook {
             let blocks = self.geometry.blocks_of_region(index);
             let region = self.regions.get_mut(&index).expect("listed above");
             let open = match region.clearing.take() {
+                _ if mutated(Mutation::R5) => Vec::new(),
                 Some(tickets) => tickets.into_iter().filter(|t| !store.redeemed(*t)).collect(),
                 None => save_bitmaps(store, blocks),
             };
-            if open.is_empty() {
+            if open.is_empty() && mutated(Mutation::R22) && store.intent().get(index.0) {
+                // The wrong way round: out of memory only once it is off the disk.
+                store.intent_mut().clear(index.0);
+                region.clearing = Some(vec![store.save_intent(index.0)]);
+            } else if open.is_empty() {
                 self.regions.remove(&index);
                 store.intent_mut().clear(index.0);
                 store.save_intent(index.0);

@@ -5,6 +5,7 @@
 //! read from a member of the ack set, under the exclusive lock, rewritten here (intent first) and only
 //! then answered [R20].
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{BlockRange, Nanos, NodeId};
 use crate::wire::{Payload, PeerMsg};
 
@@ -84,6 +85,7 @@ impl Replica {
             result if !known => self.discard_read(result),
             Ok(DiskResult::Read { payload, .. }) => self.answer_read(id, payload),
             Ok(other) => panic!("a read completed with {other:?}"),
+            Err(_) if mutated(Mutation::R20) => self.finish(id, Err(ClientError::Io)),
             Err(_) => self.begin_read_repair(id),
         }
     }

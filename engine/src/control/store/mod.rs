@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use redb::backends::FileBackend;
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{ClusterId, Incarnation, NodeId};
 
 use super::error::ControlError;
@@ -122,7 +123,7 @@ pub(super) fn open_uncounted(dir: &Path, me: NodeId) -> Result<(Db, StoreIdentit
         return Err(damaged(format!("the file `boot` beside it belongs to store {boot_store}")));
     }
     let boot = db.boot().map_err(|e| damaged(e.to_string()))?;
-    if boot < boot_file {
+    if boot < boot_file && !mutated(Mutation::R13) {
         return Err(ControlError::RolledBack { path, store: boot, file: boot_file });
     }
     Ok((db, identity, boot))
@@ -139,7 +140,7 @@ pub(super) fn open(dir: &Path, me: NodeId) -> Result<Opened, ControlError> {
     boot::write(dir, identity.store, boot)?;
     let cluster = db.cluster().map_err(damaged)?;
     let nonce = random_u64().map_err(ControlError::io("cannot draw a random number"))?;
-    Ok(Opened { db, identity, incarnation: Incarnation { boot, nonce }, cluster })
+    Ok(Opened { db, identity, incarnation: Incarnation::of_start(boot, nonce), cluster })
 }
 
 /// Starts an existing store over under a new identity, in a new cluster [R13, R19].
