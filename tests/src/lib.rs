@@ -12,6 +12,8 @@ pub mod cluster;
 pub mod evidence;
 pub mod files;
 pub mod mount;
+pub mod netns;
+pub mod plan;
 pub mod postgres;
 pub mod proc;
 pub mod report;
