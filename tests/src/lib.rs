@@ -16,6 +16,7 @@ pub mod netns;
 pub mod plan;
 pub mod postgres;
 pub mod proc;
+pub mod proxy;
 pub mod report;
 pub mod scenario;
 pub mod status;
