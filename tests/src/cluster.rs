@@ -394,6 +394,13 @@ impl Cluster {
     /// # Errors
     /// If it does not run.
     pub fn signal(&mut self, node: &str, signal: Signal) -> Result<()> {
+        if let Some(child) = self.children.get_mut(node) {
+            // Ours until it is reaped, so the pid is its own, also before it has called exec.
+            if let Some(status) = child.exited()? {
+                bail!("{node} has ended by itself ({status}): {}", proc::tail(&child.output()));
+            }
+            return child.signal(signal);
+        }
         let entry = self.node(node)?;
         let pid = self.pid(&entry).ok_or_else(|| anyhow!("{node} has no pid"))?;
         proc::signal_pid(pid, &needle(&entry), signal).with_context(|| format!("signal {node}"))

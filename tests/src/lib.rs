@@ -11,6 +11,7 @@ pub mod client;
 pub mod cluster;
 pub mod disk;
 pub mod evidence;
+pub mod faults;
 pub mod files;
 pub mod mount;
 pub mod netns;
