@@ -52,6 +52,10 @@ pub struct VerifierOptions {
     pub request_units_max: u64,
     /// Pause of a worker between requests, to make a mild load.
     pub pause: Duration,
+    /// Longest wait for one answer on a connection that looks alive; then it is reset and replayed.
+    pub answer_limit: Duration,
+    /// Longest time for connecting to one node.
+    pub connect_limit: Duration,
 }
 
 impl Default for VerifierOptions {
@@ -66,6 +70,8 @@ impl Default for VerifierOptions {
             offset: 0,
             request_units_max: 16,
             pause: Duration::from_micros(200),
+            answer_limit: Duration::from_secs(40),
+            connect_limit: Duration::from_secs(5),
         }
     }
 }
@@ -308,10 +314,15 @@ impl Running<'_> {
 /// # Errors
 /// After `limit`, with each target's last answer.
 pub fn connect_any(targets: &[String], limit: Duration) -> Result<Link> {
+    connect_each(targets, Duration::from_secs(5), limit)
+}
+
+/// The same, with a limit of its own for each try.
+fn connect_each(targets: &[String], each: Duration, limit: Duration) -> Result<Link> {
     crate::wait::wait_for("a node that accepts clients", limit, || {
         let mut answers = Vec::new();
         for target in targets {
-            match Link::connect(target, Duration::from_secs(5)) {
+            match Link::connect(target, each) {
                 Ok(link) => return Ok(link),
                 Err(reason) => answers.push(format!("{target}: {reason}")),
             }
