@@ -251,10 +251,8 @@ pub fn open(paths: &VolumePaths, expected: &Expected, lock_wait: Duration) -> Re
     }
     let identity = identity_of(&data, found).map_err(failed("examining", &paths.data))?;
     let identity_changed = identity != image.superblock.identity;
-    if identity_changed {
-        if !mutated(Mutation::R15) {
-            forget_content(&mut image, identity, &paths.data);
-        }
+    if identity_changed && !mutated(Mutation::R15) {
+        forget_content(&mut image, identity, &paths.data);
     }
     let files = VolumeFiles {
         data: finish(data, &paths.data)?,
