@@ -57,12 +57,18 @@ impl Cache {
         Ok(())
     }
 
-    /// Everything goes to the medium.
+    /// Everything goes to the medium, neighbours in one piece.
     pub(super) fn flush(&mut self) -> io::Result<()> {
-        while let Some((sector, bytes)) = self.volatile.pop_first() {
-            self.medium.write_all_at(&bytes, sector * SECTOR as u64)?;
+        let (mut start, mut piece) = (0, Vec::new());
+        for (sector, bytes) in std::mem::take(&mut self.volatile) {
+            if start + (piece.len() / SECTOR) as u64 != sector {
+                self.medium.write_all_at(&piece, start * SECTOR as u64)?;
+                piece.clear();
+                start = sector;
+            }
+            piece.extend_from_slice(&bytes);
         }
-        Ok(())
+        self.medium.write_all_at(&piece, start * SECTOR as u64)
     }
 
     /// Empties the cache: each sector goes to the medium or is lost, as `keep` says; numbers of both.

@@ -30,6 +30,8 @@ pub use kind::{Kind, Weights};
 pub const HEAL_LIMIT: Duration = Duration::from_secs(60);
 /// How long a replica may be failed before the operator of these tests restarts its node.
 const FAILED_GRACE: Duration = Duration::from_secs(1);
+/// How long the other replica is left alone after a disk works again.
+const WELL_GRACE: Duration = Duration::from_millis(1500);
 
 /// A cluster to which bad things happen.
 pub struct Faults<'a> {
@@ -43,6 +45,8 @@ pub struct Faults<'a> {
     paused: BTreeSet<String>,
     /// Node whose disk fails or has failed; the other replica is left alone then.
     sick: Option<String>,
+    /// Since when that disk works again.
+    well_since: Option<Instant>,
     cables: bool,
     demoted: bool,
     commands: Vec<JoinHandle<Result<Finished>>>,
@@ -69,6 +73,7 @@ impl<'a> Faults<'a> {
             dead: BTreeSet::new(),
             paused: BTreeSet::new(),
             sick: None,
+            well_since: None,
             cables: false,
             demoted: false,
             commands: Vec::new(),
@@ -267,14 +272,19 @@ impl<'a> Faults<'a> {
     fn mend_disks(&mut self) -> Result<()> {
         let Some(node) = self.sick.clone() else { return Ok(()) };
         self.well_disks();
-        self.tell(format!("the disk of {node} is well"));
+        if self.well_since.is_none() {
+            self.tell(format!("the disk of {node} is well"));
+        }
         self.wake(&node)?;
         self.start(&node)?;
         if self.restart_failed(None)? {
             return Ok(());
         }
-        if self.cluster.volume_status().is_ok_and(|volume| volume.all_in_sync().is_ok()) {
-            self.sick = None;
+        // What failed before may still be on its way to the other replica for its copy.
+        let since = *self.well_since.get_or_insert_with(Instant::now);
+        let whole = || self.cluster.volume_status().is_ok_and(|volume| volume.all_in_sync().is_ok());
+        if since.elapsed() >= WELL_GRACE && whole() {
+            (self.sick, self.well_since) = (None, None);
         }
         Ok(())
     }
@@ -383,7 +393,7 @@ impl<'a> Faults<'a> {
             volume.all_in_sync()?;
             Ok(volume)
         })?;
-        self.sick = None;
+        (self.sick, self.well_since) = (None, None);
         Ok(volume)
     }
 }
