@@ -167,16 +167,16 @@ impl Disk {
     }
 
     /// The disk says that it wrote, and did not.
-    pub(crate) fn lose_write(&mut self, blocks: BlockRange) {
+    pub(crate) fn lose_write(&mut self, blocks: BlockRange, durable: bool) {
         for sector in Self::span(blocks) {
             let old = self.sectors[at(sector)].seen;
-            self.put(sector, old | ROT, false);
+            self.put(sector, old | ROT, durable);
         }
     }
 
     /// The disk writes to `to` what was meant for `blocks`.
     pub(crate) fn misdirect(&mut self, blocks: BlockRange, to: u64, tags: Option<&[u64]>, durable: bool) {
-        self.lose_write(blocks);
+        self.lose_write(blocks, durable);
         let target = BlockRange::between(to, to + blocks.count);
         for (n, sector) in Self::span(target).enumerate() {
             self.put(sector, tags.map_or(0, |t| t[n]) | ROT, durable);
@@ -375,7 +375,7 @@ mod tests {
     fn falsified_content_is_marked_until_it_is_overwritten() {
         let mut disk = disk();
         disk.write(block(0), Some(&[7; 8]), true);
-        disk.lose_write(block(0));
+        disk.lose_write(block(0), false);
         assert_eq!(disk.seen(0), 7 | ROT);
         disk.write(block(0), Some(&[8; 8]), false);
         assert_eq!(disk.seen(0), 8);

@@ -289,7 +289,7 @@ impl World {
         self.copies_changed();
     }
 
-    fn land_pending(&mut self, id: NodeId) {
+    pub(crate) fn land_pending(&mut self, id: NodeId) {
         let mut rng = self.rng.fork();
         let n = self.node(id);
         for pending in std::mem::take(&mut n.pending) {

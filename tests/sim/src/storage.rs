@@ -167,12 +167,12 @@ impl World {
         }
         if disk.defects.lost_writes > 0 {
             disk.defects.lost_writes -= 1;
-            disk.lose_write(blocks);
+            disk.lose_write(blocks, durable);
         } else if disk.defects.misdirected > 0 && blocks.count * 2 <= total {
             disk.defects.misdirected -= 1;
             let to = rng.below(total - blocks.count + 1);
             if BlockRange::between(to, to + blocks.count).overlaps(&blocks) {
-                disk.lose_write(blocks);
+                disk.lose_write(blocks, durable);
             } else {
                 disk.misdirect(blocks, to, tags, durable);
             }

@@ -61,6 +61,8 @@ pub(crate) enum NodeEvent {
     Up(usize, usize),
     Request(ConnId, usize),
     ClientGone(ConnId),
+    /// A replica is to be made anew, by then.
+    Recreate(Time),
     /// The process ends by itself.
     Exit,
 }
@@ -355,6 +357,7 @@ impl World {
                     self.input(id, |r, now| r.handle_client(now, ClientInput::Closed(conn)));
                 }
             }
+            NodeEvent::Recreate(by) => self.recreate(id, by),
             NodeEvent::Exit => self.crash(id, false),
         }
     }
