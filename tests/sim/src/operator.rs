@@ -190,6 +190,7 @@ impl World {
         self.land_pending(id);
         let n = self.node(id);
         n.replica = None;
+        n.replicas_made += 1;
         n.bufs.clear();
         n.sessions.clear();
         n.dialing.clear();
