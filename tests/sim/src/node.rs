@@ -28,6 +28,8 @@ pub(crate) enum Phase {
     Running,
     /// Its files cannot be opened.
     Unusable(String),
+    /// It has ended, to be made anew once its run is no member.
+    Recreating,
     /// It has stopped; the process is about to end.
     Stopped,
 }
