@@ -83,7 +83,7 @@ mutations! {
     R20 = "r20",
     /// R21: the answer to an older write clears the bit of a newer one (`live_acked`, `forget_live`).
     R21 = "r21",
-    /// R22: a clear leaves memory only when it is durable, so a later set is not written (`clear_idle`).
+    /// R22: a set counts as durable with the write of the clear before it (`IntentBook::begin`).
     R22 = "r22",
     /// R23: the end of a reign does not close the client connections (`leave_reign`).
     R23 = "r23",

@@ -84,9 +84,11 @@ impl IntentBook {
     pub(super) fn begin(&mut self, store: &mut MetaStore, blocks: BlockRange, now: Nanos) {
         for index in self.geometry.regions_of(blocks) {
             let region = self.regions.entry(index).or_insert_with(|| {
+                let before = mutated(Mutation::R22).then(|| store.save_intent(index.0));
                 store.intent_mut().set(index.0);
+                let own = store.save_intent(index.0);
                 Region {
-                    ticket: Some(store.save_intent(index.0)),
+                    ticket: before.filter(|t| !store.redeemed(*t)).or(Some(own)),
                     in_flight: 0,
                     last: None,
                     outside: false,
@@ -191,11 +193,7 @@ impl IntentBook {
                 Some(tickets) => tickets.into_iter().filter(|t| !store.redeemed(*t)).collect(),
                 None => save_bitmaps(store, blocks),
             };
-            if open.is_empty() && mutated(Mutation::R22) && store.intent().get(index.0) {
-                // The wrong way round: out of memory only once it is off the disk.
-                store.intent_mut().clear(index.0);
-                region.clearing = Some(vec![store.save_intent(index.0)]);
-            } else if open.is_empty() {
+            if open.is_empty() {
                 self.regions.remove(&index);
                 store.intent_mut().clear(index.0);
                 store.save_intent(index.0);
