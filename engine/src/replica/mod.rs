@@ -336,7 +336,8 @@ impl Replica {
     }
 
     fn send(&mut self, session: SessionId, msg: PeerMsg) {
-        if crate::mutation::drops_frame() {
+        let keeps_alive = matches!(msg, PeerMsg::Ping | PeerMsg::Pong);
+        if !keeps_alive && crate::mutation::drops_frame() {
             return;
         }
         self.out.push_back(Output::Send(session, msg));
