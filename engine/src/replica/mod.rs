@@ -37,6 +37,8 @@ pub mod io;
 mod join;
 mod membership;
 mod meta_store;
+#[cfg(test)]
+mod model;
 mod peer;
 mod primary;
 mod range_lock;
