@@ -7,7 +7,7 @@ use crate::types::Member;
 
 use super::super::command::ClusterOp;
 use super::super::error::SubmitError;
-use super::super::rpc::{Renewal, ReplyBody, RequestBody};
+use super::super::rpc::{Renewal, ReplyBody, RequestBody, newer_run};
 use super::super::runtime::{sleep, timeout};
 use super::inner::{Inner, lock};
 
@@ -22,6 +22,9 @@ pub(super) async fn renew(inner: Arc<Inner>) {
         let pause = if !state.nodes.contains_key(&inner.me) {
             // The founding, or being added, is still to come.
             RETRY
+        } else if let Some(newest) = newer_run(&state, &inner.peers.me()) {
+            inner.give_up(newest).await;
+            return;
         } else if !state.is_newest(member) {
             if !register(&inner).await {
                 return;
@@ -37,6 +40,16 @@ pub(super) async fn renew(inner: Arc<Inner>) {
         if pause == RETRY {
             sleep(Duration::from_millis(1)).await;
         }
+    }
+}
+
+/// Waits until a node of the cluster says that it knows a newer run of this store [R13].
+pub(super) async fn watch_outdated(inner: Arc<Inner>) {
+    let mut outdated = inner.peers.outdated();
+    // The sender lives as long as this node; without it there is nothing left to do.
+    let newest = outdated.wait_for(Option::is_some).await.ok().and_then(|newest| *newest);
+    if let Some(newest) = newest {
+        inner.give_up(newest).await;
     }
 }
 
