@@ -19,6 +19,7 @@ pub(super) async fn renew(inner: Arc<Inner>) {
     loop {
         let state = inner.current();
         let member = Member { node: inner.me, incarnation: inner.incarnation };
+        let renew = renewal_pause(inner.options.renew, state.lease);
         let pause = if !state.nodes.contains_key(&inner.me) {
             // The founding, or being added, is still to come.
             RETRY
@@ -31,7 +32,7 @@ pub(super) async fn renew(inner: Arc<Inner>) {
             }
             RETRY
         } else if renew_once(&inner, member).await {
-            inner.options.renew
+            renew
         } else {
             RETRY
         };
@@ -41,6 +42,12 @@ pub(super) async fn renew(inner: Arc<Inner>) {
             sleep(Duration::from_millis(1)).await;
         }
     }
+}
+
+/// How long after a renewal the next one leaves. The length of leases is the cluster's: however short it has
+/// made them, one is renewed before it is over.
+fn renewal_pause(wanted: Duration, lease: Duration) -> Duration {
+    wanted.min(lease / 3)
 }
 
 /// Waits until a node of the cluster says that it knows a newer run of this store [R13].
@@ -141,4 +148,17 @@ fn publish(inner: &Inner) {
         }
         changed
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::state::LEASE_MIN;
+    use super::*;
+
+    #[test]
+    fn r1_a_short_lease_is_renewed_before_it_is_over() {
+        let wanted = Duration::from_millis(400);
+        assert_eq!(renewal_pause(wanted, Duration::from_millis(1500)), wanted);
+        assert!(renewal_pause(wanted, LEASE_MIN) * 2 < LEASE_MIN);
+    }
 }
