@@ -14,6 +14,7 @@
 pub mod apply;
 pub mod codec;
 pub mod command;
+mod environment;
 mod error;
 pub mod failover;
 #[cfg(test)]
@@ -27,15 +28,21 @@ mod raft;
 mod random;
 mod recover;
 mod rpc;
+mod runtime;
 pub mod state;
 mod store;
 
 pub use apply::{apply, apply_under};
 pub use command::{Applied, ClusterOp, Command, Leadership, Prepared, RequestId};
+pub use environment::{Environment, Listener, Pending, RawFile, StoreDir, StoreFile, Stream, System};
 pub use error::{CallError, ControlError, SubmitError};
 pub use failover::{Decisions, Failover, NodeReport, Reports, VolumeReport};
 pub use lease::{Grant, LeaseSnapshot, LeaseTable, LeaseView, NodeLease};
-pub use node::{AdminHandler, Control, ControlOptions, Founder, LeaderView, boot_time, init, start};
-pub use recover::{RECOVERED_EPOCH_STEP, RecoverReport, RecoveredVolume, recover_force};
+pub use node::{
+    AdminHandler, Control, ControlOptions, Founder, LeaderView, boot_time, init, init_in, start, start_in,
+};
+pub use recover::{RECOVERED_EPOCH_STEP, RecoverReport, RecoveredVolume, recover_force, recover_force_in};
 pub use rpc::ADMIN_BYTES_MAX;
+pub use runtime::{Host, HostTask, enter};
 pub use state::{ClusterState, NodeAddrs, NodeKind, NodeRecord, StoreId, VolumeRecord};
+pub use store::StoreWorker;

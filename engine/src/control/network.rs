@@ -18,15 +18,15 @@ use openraft::raft::{
     AppendEntriesRequest, AppendEntriesResponse, InstallSnapshotRequest, InstallSnapshotResponse,
     SnapshotResponse, VoteRequest, VoteResponse,
 };
-use tokio::net::TcpStream;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout_at};
 
 use crate::types::{ClusterId, Incarnation, NodeId};
 
+use super::environment::{Environment, Stream};
 use super::error::CallError;
 use super::raft::{RaftNode, Snapshot, TypeConfig, Vote};
 use super::rpc::{self, Reply, ReplyBody, Request, RequestBody, Sender};
+use super::runtime::{Instant, timeout_at};
 use super::state::{ClusterState, StoreId};
 
 /// Idle connections kept per node.
@@ -37,12 +37,13 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from
 
 #[derive(Default)]
 struct Target {
-    idle: Vec<TcpStream>,
+    idle: Vec<Box<dyn Stream>>,
     pause: Duration,
     retry_at: Option<Instant>,
 }
 
 struct Inner {
+    env: Arc<dyn Environment>,
     node: NodeId,
     store: StoreId,
     incarnation: Incarnation,
@@ -67,11 +68,13 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Peers {
     pub(super) fn new(
+        env: Arc<dyn Environment>,
         me: Sender,
         contacts: BTreeMap<NodeId, String>,
         state: watch::Receiver<Arc<ClusterState>>,
     ) -> Self {
         let inner = Inner {
+            env,
             node: me.node,
             store: me.store,
             incarnation: me.incarnation,
@@ -190,7 +193,7 @@ impl Peers {
     fn finish(
         &self,
         node: NodeId,
-        stream: TcpStream,
+        stream: Box<dyn Stream>,
         reply: Result<Reply, super::codec::CodecError>,
     ) -> Result<Reply, CallError> {
         let reply = reply.map_err(|source| CallError::Codec { node, source })?;
@@ -202,7 +205,7 @@ impl Peers {
         Ok(reply)
     }
 
-    fn take_idle(&self, node: NodeId) -> Option<TcpStream> {
+    fn take_idle(&self, node: NodeId) -> Option<Box<dyn Stream>> {
         lock(&self.inner.targets).get_mut(&node)?.idle.pop()
     }
 
@@ -212,19 +215,23 @@ impl Peers {
         }
     }
 
-    async fn connect(&self, node: NodeId, addr: &str, deadline: Instant) -> Result<TcpStream, CallError> {
+    async fn connect(
+        &self,
+        node: NodeId,
+        addr: &str,
+        deadline: Instant,
+    ) -> Result<Box<dyn Stream>, CallError> {
         let retry_at = lock(&self.inner.targets).get(&node).and_then(|t| t.retry_at);
         if retry_at.is_some_and(|at| Instant::now() < at) {
             return Err(unreachable(node, addr, "it could not be connected a moment ago"));
         }
-        let connected = timeout_at(deadline, TcpStream::connect(addr)).await;
+        let connected = timeout_at(deadline, self.inner.env.connect(addr.into())).await;
         let mut targets = lock(&self.inner.targets);
         let target = targets.entry(node).or_default();
         match connected {
             Ok(Ok(stream)) => {
                 target.pause = Duration::ZERO;
                 target.retry_at = None;
-                stream.set_nodelay(true).map_err(|e| unreachable(node, addr, &e.to_string()))?;
                 Ok(stream)
             }
             failed => {
@@ -244,7 +251,7 @@ impl Peers {
 }
 
 async fn transact(
-    stream: &mut TcpStream,
+    stream: &mut Box<dyn Stream>,
     request: &Request,
 ) -> io::Result<Result<Reply, super::codec::CodecError>> {
     rpc::write_frame(stream, request).await?;

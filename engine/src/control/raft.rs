@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::types::NodeId;
 
 use super::command::{Applied, Command, Leadership};
+use super::runtime::Runtime;
 use super::state::StoreId;
 
 openraft::declare_raft_types!(
@@ -17,6 +18,7 @@ openraft::declare_raft_types!(
         NodeId = u64,
         Node = RaftNode,
         SnapshotData = Cursor<Vec<u8>>,
+        AsyncRuntime = Runtime,
 );
 
 /// A voter as the Raft membership knows it: its store, so that another one under the same id does not

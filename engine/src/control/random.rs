@@ -12,13 +12,3 @@ pub(super) fn random_u128() -> io::Result<u128> {
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(u128::from_le_bytes(bytes))
 }
-
-/// 64 random bits.
-///
-/// # Errors
-/// The kernel's generator cannot be read.
-pub(super) fn random_u64() -> io::Result<u64> {
-    let mut bytes = [0; 8];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(u64::from_le_bytes(bytes))
-}

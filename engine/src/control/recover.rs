@@ -13,9 +13,9 @@ use openraft::Membership;
 
 use crate::types::{ClusterId, Epoch, Incarnation, LineageId, LogIndex, Member, NodeId, Reign, VolumeId};
 
+use super::environment::{Environment, System};
 use super::error::ControlError;
 use super::raft::{LogId, RaftNode, StoredMembership, Vote};
-use super::random::random_u128;
 use super::state::{ClusterState, StoreId, VolumeRecord};
 use super::store::{self, Machine, apply_offline};
 
@@ -63,8 +63,20 @@ pub struct RecoveredVolume {
 /// # Errors
 /// The store is missing, in use, refused, or never belonged to a cluster; I/O errors.
 pub fn recover_force(dir: &Path, me: NodeId) -> Result<RecoverReport, ControlError> {
-    let (db, _, boot) = store::open_uncounted(dir, me)?;
-    let path = store::store_path(dir);
+    recover_force_in(&System::new(super::boot_time), dir, me)
+}
+
+/// As [`recover_force`], in another environment.
+///
+/// # Errors
+/// As there.
+pub fn recover_force_in(
+    env: &dyn Environment,
+    dir: &Path,
+    me: NodeId,
+) -> Result<RecoverReport, ControlError> {
+    let (db, _, boot) = store::open_uncounted(env, dir, me)?;
+    let path = store::store_path(env, dir);
     let damaged = |what: String| ControlError::Damaged { path: path.clone(), what };
     let mut machine = db.machine().map_err(|e| damaged(e.to_string()))?;
     // What was committed for certain counts as well. What only stands in the log may never have been.
@@ -81,7 +93,7 @@ pub fn recover_force(dir: &Path, me: NodeId) -> Result<RecoverReport, ControlErr
     let vote_term = db.vote().map_err(|e| damaged(e.to_string()))?.map_or(0, |v| v.leader_id.term);
     let term = last_term.max(vote_term).max(machine.last_applied.map_or(0, |id| id.leader_id.term)) + 1;
 
-    let random = || random_u128().map_err(ControlError::io("cannot draw a random number"));
+    let random = || env.random().map_err(ControlError::io("cannot draw a random number"));
     let cluster = ClusterId(random()?);
     let store = StoreId(random()?);
     let old_cluster = machine.state.cluster;
@@ -99,7 +111,15 @@ pub fn recover_force(dir: &Path, me: NodeId) -> Result<RecoverReport, ControlErr
     }
     rewrite(&mut machine, cluster, store, me, lineages, &mut report);
     machine.state.check().map_err(damaged)?;
-    store::restart_as(dir, &db, boot, store, &machine, cluster, &Vote::new(term, me.0))?;
+    store::restart_as(
+        env.store_dir(dir).as_ref(),
+        &db,
+        boot,
+        store,
+        &machine,
+        cluster,
+        &Vote::new(term, me.0),
+    )?;
     Ok(report)
 }
 

@@ -7,13 +7,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{sleep, timeout};
-
 use crate::types::{ClusterId, NodeId};
 
 use super::super::command::{ClusterOp, Command};
 use super::super::raft::RaftNode;
-use super::super::random::random_u128;
+use super::super::runtime::{sleep, timeout};
 use super::super::state::{NodeKind, NodeRecord};
 use super::inner::Inner;
 
@@ -84,7 +82,7 @@ async fn reach(inner: &Inner) -> Result<BTreeMap<u64, RaftNode>, String> {
 
 async fn initialise(inner: &Inner, members: BTreeMap<u64, RaftNode>) -> Result<(), String> {
     if inner.peers.me().cluster.is_none() {
-        let cluster = ClusterId(random_u128().map_err(|e| e.to_string())?);
+        let cluster = ClusterId(inner.env.random().map_err(|e| e.to_string())?);
         let Some(store) = inner.store() else { return Err("the node is stopping".into()) };
         store.run(move |db| db.adopt_cluster(cluster)).await.map_err(|e| e.to_string())?;
         inner.peers.set_cluster(cluster);

@@ -8,13 +8,12 @@ use std::time::Duration;
 
 use openraft::{Config, SnapshotPolicy};
 use tokio::sync::{Notify, watch};
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::types::{Health, Incarnation, LogIndex, Nanos, NodeId, ReplicaReport, VolumeId};
+use crate::types::{Health, Incarnation, LogIndex, NodeId, ReplicaReport, VolumeId};
 
 use super::super::codec;
 use super::super::command::{Applied, ClusterOp, Command, RequestId};
+use super::super::environment::Environment;
 use super::super::error::{ControlError, SubmitError};
 use super::super::failover::VolumeReport;
 use super::super::lease::{LeaseSnapshot, NodeLease, with_drift};
@@ -22,6 +21,7 @@ use super::super::network::Peers;
 use super::super::raft::Raft;
 use super::super::rpc::{ADMIN_BYTES_MAX, ReplyBody, RequestBody, Sender};
 use super::super::rpc::{COMMAND_BYTES_MAX, ENTRIES_PER_MESSAGE_MAX, HEALTH_TEXT_MAX};
+use super::super::runtime::{Instant, TaskSet, sleep, timeout_at};
 use super::super::state::{ClusterState, LEASE_MAX, LEASE_MIN, VOLUMES_MAX};
 use super::super::store::{Closed, Opened, StateMachine, StoreHandle};
 use super::leader::Lead;
@@ -41,7 +41,7 @@ pub(super) struct Inner {
     pub(super) me: NodeId,
     pub(super) incarnation: Incarnation,
     pub(super) options: ControlOptions,
-    pub(super) now: fn() -> Nanos,
+    pub(super) env: Arc<dyn Environment>,
     pub(super) raft: Raft,
     pub(super) peers: Peers,
     pub(super) state: watch::Receiver<Arc<ClusterState>>,
@@ -58,7 +58,7 @@ pub(super) struct Inner {
     closed: Closed,
     admin: Mutex<Option<AdminHandler>>,
     requests: AtomicU64,
-    tasks: Mutex<JoinSet<()>>,
+    tasks: Mutex<TaskSet>,
 }
 
 /// Locks one of ours. No code panics while it holds one, and none is held across an await.
@@ -121,18 +121,18 @@ impl Inner {
     pub(super) async fn start(
         options: ControlOptions,
         opened: Opened,
-        now: fn() -> Nanos,
+        env: Arc<dyn Environment>,
     ) -> Result<Arc<Self>, ControlError> {
         let config = raft_config(&options)?;
         let (me, incarnation) = (options.me, opened.incarnation);
         let sender = Sender { cluster: opened.cluster, node: me, store: opened.identity.store, incarnation };
-        let (store, closed) =
-            StoreHandle::start(opened.db).map_err(ControlError::io("cannot start the store's thread"))?;
+        let (store, closed) = StoreHandle::start(env.as_ref(), opened.db)
+            .map_err(ControlError::io("cannot start the store's thread"))?;
         let (machine, state) = StateMachine::load(store.clone())
             .await
             .map_err(ControlError::io(format!("cannot read the store in {}", options.dir.display())))?;
         let contacts = options.founders.iter().map(|f| (f.id, f.addrs.control.clone())).collect();
-        let peers = Peers::new(sender, contacts, state.clone());
+        let peers = Peers::new(Arc::clone(&env), sender, contacts, state.clone());
         let raft = Raft::new(me.0, Arc::new(config), peers.clone(), store.clone(), machine)
             .await
             .map_err(|e| ControlError::Raft(e.to_string()))?;
@@ -141,7 +141,7 @@ impl Inner {
             me,
             incarnation,
             options,
-            now,
+            env,
             raft,
             peers,
             state,
@@ -163,7 +163,7 @@ impl Inner {
     /// Runs a task until it ends or the node stops.
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         let mut tasks = lock(&self.tasks);
-        while tasks.try_join_next().is_some() {}
+        tasks.reap();
         tasks.spawn(task);
     }
 
@@ -184,7 +184,7 @@ impl Inner {
 
     /// Stops all tasks and waits until they are gone. Tasks started later run on until `abort`.
     pub(super) async fn stop_tasks(&self) {
-        let mut tasks = std::mem::take(&mut *lock(&self.tasks));
+        let tasks = std::mem::take(&mut *lock(&self.tasks));
         tasks.shutdown().await;
     }
 
@@ -266,7 +266,7 @@ impl Inner {
         lead.table.leadership()?;
         Some(LeaderView {
             leases: lead.table.views().collect(),
-            now: (self.now)(),
+            now: self.env.now(),
             blocked: lead.blocked.clone(),
             reports: lead.reports.clone(),
         })

@@ -11,7 +11,6 @@ use std::time::Duration;
 use openraft::error::{ClientWriteError, RaftError};
 use openraft::{ChangeMembers, RaftMetrics, ServerState};
 use tokio::sync::oneshot;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
 
 use crate::types::{Epoch, Health, LogIndex, Member, NodeId, VolumeId};
 
@@ -21,6 +20,7 @@ use super::super::failover::{Failover, NodeReport, Reports, VolumeReport, eligib
 use super::super::lease::{ExclusionId, LeaseTable, with_drift};
 use super::super::raft::{RaftNode, Response, leadership_of};
 use super::super::rpc::{COMMAND_BYTES_MAX, HEALTH_TEXT_MAX, Renewal, ReplyBody};
+use super::super::runtime::{Instant, Ticker, sleep, timeout_at};
 use super::super::state::ClusterState;
 use super::inner::{Inner, lock};
 
@@ -92,7 +92,7 @@ pub(super) async fn watch_raft(inner: Arc<Inner>) {
                 if lead.table.leadership() != Some(leadership) {
                     *lead = Lead { table: std::mem::take(&mut lead.table), ..Lead::default() };
                     let last = LogIndex(m.last_log_index.unwrap_or(0));
-                    lead.table.became_leader(leadership, (inner.now)(), last);
+                    lead.table.became_leader(leadership, inner.env.now(), last);
                     tracing::info!(node = inner.me.0, term = leadership.term, "leads the cluster");
                 }
             } else if lead.table.leadership().is_some() {
@@ -117,8 +117,7 @@ pub(super) async fn watch_raft(inner: Arc<Inner>) {
 
 /// The leader's clockwork: fails over.
 pub(super) async fn lead(inner: Arc<Inner>) {
-    let mut tick = interval(TICK);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut tick = Ticker::new(TICK);
     loop {
         tick.tick().await;
         inner.fail_over();
@@ -127,8 +126,7 @@ pub(super) async fn lead(inner: Arc<Inner>) {
 
 /// The leader's slower clockwork: writes the first state, and keeps the membership in step.
 pub(super) async fn keep_membership(inner: Arc<Inner>) {
-    let mut tick = interval(MEMBERSHIP_TICK);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut tick = Ticker::new(MEMBERSHIP_TICK);
     loop {
         tick.tick().await;
         if lock(&inner.lead).table.leadership().is_some() {
@@ -187,7 +185,7 @@ impl Inner {
             }
             lead.reports.insert(member.node, NodeReport { member, volumes: said });
         }
-        match lead.table.grant(&state, leadership, read, member, nonce, (self.now)()) {
+        match lead.table.grant(&state, leadership, read, member, nonce, self.env.now()) {
             Ok(grant) => ReplyBody::Grant(grant),
             Err(why) => ReplyBody::Declined(why),
         }
@@ -262,7 +260,7 @@ impl Inner {
         loop {
             {
                 let lead = lock(&self.lead);
-                let (state, now) = (self.current(), (self.now)());
+                let (state, now) = (self.current(), self.env.now());
                 if lead.table.leadership() != Some(leadership) {
                     return Err(ReplyBody::NotLeader(None));
                 }
@@ -346,7 +344,7 @@ impl Inner {
         let mut out = Vec::new();
         let mut guard = lock(&self.lead);
         let lead = &mut *guard;
-        let (state, now) = (self.current(), (self.now)());
+        let (state, now) = (self.current(), self.env.now());
         let Some(leadership) = lead.table.leadership() else { return out };
         lead.table.lift_void(&state);
         let decisions = lead.failover.decide(&state, &lead.table, &lead.reports, now);

@@ -20,18 +20,18 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::types::{Health, Incarnation, Nanos, NodeId, Proposal, ProposalOutcome, ReplicaReport, VolumeId};
 
 use super::command::{Applied, ClusterOp};
+use super::environment::{Environment, System};
 use super::error::{CallError, ControlError, SubmitError};
 use super::failover::Reports;
 use super::lease::{LeaseSnapshot, LeaseView};
 use super::rpc::{ADMIN_BYTES_MAX, ReplyBody, RequestBody};
 use super::state::{ClusterState, NodeAddrs, NodeKind, StoreId};
-use super::store;
+use super::{runtime, store};
 
 use inner::Inner;
 
@@ -116,7 +116,15 @@ pub struct LeaderView {
 /// # Errors
 /// [`ControlError::Exists`] if the directory holds a store; I/O errors.
 pub fn init(dir: &Path, me: NodeId) -> Result<StoreId, ControlError> {
-    store::create(dir, me)
+    init_in(&System::new(boot_time), dir, me)
+}
+
+/// As [`init`], in another environment.
+///
+/// # Errors
+/// As there.
+pub fn init_in(env: &dyn Environment, dir: &Path, me: NodeId) -> Result<StoreId, ControlError> {
+    store::create(env, dir, me)
 }
 
 /// Opens the node's store and starts the node. Returns once it listens; whether there is a leader shows in
@@ -125,12 +133,21 @@ pub fn init(dir: &Path, me: NodeId) -> Result<StoreId, ControlError> {
 /// # Errors
 /// The store is missing, in use or refused [R13]; the address is taken; the options contradict themselves.
 pub async fn start(options: ControlOptions, now: fn() -> Nanos) -> Result<Control, ControlError> {
+    start_in(options, Arc::new(System::new(now))).await
+}
+
+/// As [`start`], in another environment.
+///
+/// # Errors
+/// As there.
+pub async fn start_in(options: ControlOptions, env: Arc<dyn Environment>) -> Result<Control, ControlError> {
     inner::check_options(&options)?;
-    let opened = store::open(&options.dir, options.me)?;
-    let listener = TcpListener::bind(options.listen)
+    let opened = store::open(env.as_ref(), &options.dir, options.me)?;
+    let listener = env
+        .listen(options.listen)
         .await
         .map_err(|source| ControlError::Listen { addr: options.listen, source })?;
-    let inner = Inner::start(options, opened, now).await?;
+    let inner = Inner::start(options, opened, env).await?;
     inner.spawn_vital("serve", server::serve(Arc::clone(&inner), listener));
     inner.spawn_vital("watch_raft", leader::watch_raft(Arc::clone(&inner)));
     inner.spawn_vital("lead", leader::lead(Arc::clone(&inner)));
@@ -149,9 +166,9 @@ struct Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.inner.abort();
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        if runtime::is_running() {
             let raft = self.inner.raft.clone();
-            runtime.spawn(async move { raft.shutdown().await });
+            runtime::spawn(async move { raft.shutdown().await });
         }
     }
 }
@@ -286,7 +303,7 @@ impl Control {
         let mut closed = inner.close_store();
         // Raft's last tasks may hold the store a moment longer; a store that stays open is reported by the
         // next start.
-        let _ = tokio::time::timeout(CLOSE_DEADLINE, closed.wait_for(|closed| *closed)).await;
+        let _ = runtime::timeout(CLOSE_DEADLINE, closed.wait_for(|closed| *closed)).await;
     }
 }
 

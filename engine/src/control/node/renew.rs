@@ -3,13 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{sleep, timeout};
-
 use crate::types::Member;
 
 use super::super::command::ClusterOp;
 use super::super::error::SubmitError;
 use super::super::rpc::{Renewal, ReplyBody, RequestBody};
+use super::super::runtime::{sleep, timeout};
 use super::inner::{Inner, lock};
 
 /// Pause before another try after a renewal that failed.
@@ -79,7 +78,7 @@ async fn renew_once(inner: &Arc<Inner>, member: Member) -> bool {
     };
     let nonce = inner.next_request().number;
     // Read before the first byte leaves: the lease counts from here [R1].
-    let sent = (inner.now)();
+    let sent = inner.env.now();
     lock(&inner.lease).on_send(nonce, sent);
     let renewal = Renewal { member, nonce, volumes };
     let reply = if leader == inner.me {

@@ -10,12 +10,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream};
-use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{Instant, sleep, timeout};
-
+use super::super::environment::{Listener, Stream};
 use super::super::raft::Snapshot;
 use super::super::rpc::{self, Receiver, Reply, ReplyBody, Request, RequestBody};
+use super::super::runtime::{AbortHandle, Instant, TaskSet, sleep, timeout};
 use super::super::store::decode_snapshot;
 use super::inner::Inner;
 
@@ -60,15 +58,15 @@ impl Seldom {
 }
 
 /// Serves until aborted; the connections end with it.
-pub(super) async fn serve(inner: Arc<Inner>, listener: TcpListener) {
+pub(super) async fn serve(inner: Arc<Inner>, mut listener: Box<dyn Listener>) {
     let warnings = Seldom(std::sync::Mutex::default());
     let served = Arc::new(Served { inner, answered: AtomicU64::new(1), warnings });
-    let mut connections = JoinSet::new();
+    let mut connections = TaskSet::default();
     // In the order of their arrival.
     let mut open: BTreeMap<u64, (AbortHandle, Activity)> = BTreeMap::new();
     for number in 0.. {
         let accepted = listener.accept().await;
-        while connections.try_join_next().is_some() {}
+        connections.reap();
         if open.len() >= CONNECTIONS_MAX {
             open.retain(|_, (task, _)| !task.is_finished());
         }
@@ -78,9 +76,10 @@ pub(super) async fn serve(inner: Arc<Inner>, listener: TcpListener) {
                     tracing::warn!(%from, more, "{CONNECTIONS_MAX} control connections are busy; refused one");
                 }
             }
-            Ok((stream, _)) => {
+            Ok((stream, from)) => {
                 let activity = Activity::default();
-                let task = connections.spawn(connection(Arc::clone(&served), stream, Arc::clone(&activity)));
+                let serve = connection(Arc::clone(&served), stream, from, Arc::clone(&activity));
+                let task = connections.spawn(serve);
                 open.insert(number, (task, activity));
             }
             Err(e) => {
@@ -106,18 +105,14 @@ fn make_room(open: &mut BTreeMap<u64, (AbortHandle, Activity)>) -> bool {
     true
 }
 
-async fn connection(served: Arc<Served>, mut stream: TcpStream, activity: Activity) {
+async fn connection(served: Arc<Served>, mut stream: Box<dyn Stream>, from: String, activity: Activity) {
     let inner = &served.inner;
-    if stream.set_nodelay(true).is_err() {
-        return;
-    }
     loop {
         let request = match timeout(SILENCE_MAX, rpc::read_frame::<Request>(&mut stream)).await {
             Ok(Ok(Some(Ok(request)))) => request,
             Ok(Ok(Some(Err(e)))) => {
                 if let Some(more) = served.warnings.pass() {
-                    let from = stream.peer_addr().ok();
-                    tracing::warn!(%e, ?from, more, "closes a control connection that is not understood");
+                    tracing::warn!(%e, from, more, "closes a control connection that is not understood");
                 }
                 return;
             }

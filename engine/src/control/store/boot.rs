@@ -1,22 +1,20 @@
 //! The file `boot` beside the store: how often the store was opened. A store that counts fewer starts was
 //! rolled back and has forgotten votes [R13].
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::io;
 
 use super::super::codec;
+use super::super::environment::StoreDir;
 use super::super::error::ControlError;
 use super::super::state::StoreId;
 
-pub(super) fn path(dir: &Path) -> PathBuf {
-    dir.join("boot")
-}
+/// Name of the file.
+pub(super) const FILE: &str = "boot";
 
 /// Reads the store and the number of starts that the file names.
-pub(super) fn read(dir: &Path) -> Result<(StoreId, u64), ControlError> {
-    let path = path(dir);
-    let bytes = match fs::read(&path) {
+pub(super) fn read(dir: &dyn StoreDir) -> Result<(StoreId, u64), ControlError> {
+    let path = dir.path(FILE);
+    let bytes = match dir.read(FILE) {
         Ok(bytes) => bytes,
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             return Err(ControlError::Damaged { path, what: "it is missing beside its store".into() });
@@ -27,17 +25,9 @@ pub(super) fn read(dir: &Path) -> Result<(StoreId, u64), ControlError> {
 }
 
 /// Replaces the file durably.
-pub(super) fn write(dir: &Path, store: StoreId, boot: u64) -> Result<(), ControlError> {
-    let path = path(dir);
+pub(super) fn write(dir: &dyn StoreDir, store: StoreId, boot: u64) -> Result<(), ControlError> {
+    let path = dir.path(FILE);
     let bytes = codec::encode(&(store, boot))
         .map_err(|e| ControlError::Damaged { path: path.clone(), what: e.to_string() })?;
-    let temp = dir.join("boot.new");
-    let write = || -> io::Result<()> {
-        let mut file = File::create(&temp)?;
-        file.write_all(&bytes)?;
-        file.sync_all()?;
-        fs::rename(&temp, &path)?;
-        File::open(dir)?.sync_all()
-    };
-    write().map_err(ControlError::io(format!("cannot write {}", path.display())))
+    dir.replace(FILE, &bytes).map_err(ControlError::io(format!("cannot write {}", path.display())))
 }

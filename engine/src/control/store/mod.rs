@@ -4,6 +4,7 @@
 //! every batch that it applies, so that the cluster state is there at once after a start. A store is
 //! created by an explicit step only, and a store that is missing, damaged or rolled back is refused [R13].
 
+mod backend;
 mod boot;
 mod db;
 mod log;
@@ -12,24 +13,26 @@ mod machine;
 mod tests;
 mod worker;
 
-use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
 
-use redb::backends::FileBackend;
-
+use crate::mutation::{Mutation, mutated};
 use crate::types::{ClusterId, Incarnation, NodeId};
 
+use super::environment::{Environment, StoreDir};
 use super::error::ControlError;
 use super::raft::Vote;
-use super::random::{random_u64, random_u128};
 use super::state::StoreId;
 
+use backend::Backend;
 pub(super) use db::{Db, Machine};
 pub(super) use machine::{StateMachine, apply_offline, decode_snapshot};
+pub use worker::StoreWorker;
 pub(super) use worker::{Closed, StoreHandle};
 
 /// File name of the store.
 const STORE_FILE: &str = "control.redb";
+/// The same while it is being created.
+const STORE_FILE_NEW: &str = "control.redb.new";
 
 /// Whose store this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -47,68 +50,65 @@ pub(super) struct Opened {
 }
 
 /// Path of the store in a node's directory.
-pub(super) fn store_path(dir: &Path) -> PathBuf {
-    dir.join(STORE_FILE)
+pub(super) fn store_path(env: &dyn Environment, dir: &Path) -> PathBuf {
+    env.store_dir(dir).path(STORE_FILE)
 }
 
 /// Creates the store of a new node and mints its identity.
-pub(super) fn create(dir: &Path, me: NodeId) -> Result<StoreId, ControlError> {
-    let path = store_path(dir);
-    if path.symlink_metadata().is_ok() {
+pub(super) fn create(env: &dyn Environment, dir: &Path, me: NodeId) -> Result<StoreId, ControlError> {
+    let files = env.store_dir(dir);
+    let files = files.as_ref();
+    let path = files.path(STORE_FILE);
+    if files.exists(STORE_FILE) {
         return Err(ControlError::Exists(path));
     }
     // The boot file comes first: alone and without a start it is what a creation left that was cut short.
     // With a start, or unreadable, it says that a store was here and is lost [R13].
-    let boot_file = boot::path(dir);
-    if boot_file.symlink_metadata().is_ok() && !matches!(boot::read(dir), Ok((_, 0))) {
-        return Err(ControlError::Exists(boot_file));
+    if files.exists(boot::FILE) && !matches!(boot::read(files), Ok((_, 0))) {
+        return Err(ControlError::Exists(files.path(boot::FILE)));
     }
     if me == NodeId(0) {
         return Err(ControlError::Options("node ids start at 1".into()));
     }
-    fs::create_dir_all(dir).map_err(ControlError::io(format!("cannot create {}", dir.display())))?;
-    let random = random_u128().map_err(ControlError::io("cannot draw a random number"))?;
+    files.create_dir().map_err(ControlError::io(format!("cannot create {}", dir.display())))?;
+    let random = env.random().map_err(ControlError::io("cannot draw a random number"))?;
     let identity = StoreIdentity { store: StoreId(random), node: me };
     // Under another name first: the store exists whole or not at all.
-    let temp = dir.join("control.redb.new");
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(&temp)
+    let temp = files.path(STORE_FILE_NEW);
+    let file = files
+        .create(STORE_FILE_NEW)
         .map_err(ControlError::io(format!("cannot create {}", temp.display())))?;
     let damaged = |e: db::DbError| ControlError::Damaged { path: temp.clone(), what: e.to_string() };
-    let backend = FileBackend::new(file).map_err(|e| damaged(e.into()))?;
-    Db::create_on(backend, identity).map_err(damaged)?;
-    boot::write(dir, identity.store, 0)?;
-    fs::rename(&temp, &path)
-        .and_then(|()| File::open(dir)?.sync_all())
+    Db::create_on(Backend::new(file).map_err(damaged)?, identity).map_err(damaged)?;
+    boot::write(files, identity.store, 0)?;
+    files
+        .rename(STORE_FILE_NEW, STORE_FILE)
         .map_err(ControlError::io(format!("cannot create {}", path.display())))?;
     Ok(identity.store)
 }
 
 /// Opens the database of an existing store, checks that it was not rolled back, counts nothing.
-pub(super) fn open_uncounted(dir: &Path, me: NodeId) -> Result<(Db, StoreIdentity, u64), ControlError> {
-    let path = store_path(dir);
-    match fs::metadata(&path) {
+pub(super) fn open_uncounted(
+    env: &dyn Environment,
+    dir: &Path,
+    me: NodeId,
+) -> Result<(Db, StoreIdentity, u64), ControlError> {
+    let files = env.store_dir(dir);
+    let files = files.as_ref();
+    let path = files.path(STORE_FILE);
+    match files.len(STORE_FILE) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(ControlError::Missing(path)),
         Err(e) => return Err(ControlError::io(format!("cannot read {}", path.display()))(e)),
         // redb would make a new database of an empty file.
-        Ok(meta) if meta.len() == 0 => {
+        Ok(0) => {
             return Err(ControlError::Damaged { path, what: "it is empty".into() });
         }
         Ok(_) => {}
     }
-    let (boot_store, boot_file) = boot::read(dir)?;
+    let (boot_store, boot_file) = boot::read(files)?;
     let damaged = |what: String| ControlError::Damaged { path: path.clone(), what };
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(&path)
-        .map_err(ControlError::io(format!("cannot open {}", path.display())))?;
-    let backend = FileBackend::new(file).map_err(|e| damaged(e.to_string()))?;
-    let db = Db::open_on(backend).map_err(|e| match e {
+    let file = files.open(STORE_FILE).map_err(ControlError::io(format!("cannot open {}", path.display())))?;
+    let db = Backend::new(file).and_then(Db::open_on).map_err(|e| match e {
         db::DbError::InUse => ControlError::InUse(path.clone()),
         e => damaged(e.to_string()),
     })?;
@@ -122,29 +122,30 @@ pub(super) fn open_uncounted(dir: &Path, me: NodeId) -> Result<(Db, StoreIdentit
         return Err(damaged(format!("the file `boot` beside it belongs to store {boot_store}")));
     }
     let boot = db.boot().map_err(|e| damaged(e.to_string()))?;
-    if boot < boot_file {
+    if boot < boot_file && !mutated(Mutation::R13) {
         return Err(ControlError::RolledBack { path, store: boot, file: boot_file });
     }
     Ok((db, identity, boot))
 }
 
 /// Opens an existing store for a new run: counts the start durably, then names the run. Never creates one.
-pub(super) fn open(dir: &Path, me: NodeId) -> Result<Opened, ControlError> {
-    let (db, identity, boot) = open_uncounted(dir, me)?;
-    let path = store_path(dir);
+pub(super) fn open(env: &dyn Environment, dir: &Path, me: NodeId) -> Result<Opened, ControlError> {
+    let (db, identity, boot) = open_uncounted(env, dir, me)?;
+    let path = store_path(env, dir);
     let damaged = |e: db::DbError| ControlError::Damaged { path: path.clone(), what: e.to_string() };
     let boot = boot.checked_add(1).ok_or_else(|| damaged(db::DbError::Value("boot counter".into())))?;
     // The store first: if the process dies in between, the file is behind, which is harmless.
     db.set_boot(boot).map_err(damaged)?;
-    boot::write(dir, identity.store, boot)?;
+    boot::write(env.store_dir(dir).as_ref(), identity.store, boot)?;
     let cluster = db.cluster().map_err(damaged)?;
-    let nonce = random_u64().map_err(ControlError::io("cannot draw a random number"))?;
-    Ok(Opened { db, identity, incarnation: Incarnation { boot, nonce }, cluster })
+    let random = env.random().map_err(ControlError::io("cannot draw a random number"))?;
+    let nonce = random as u64;
+    Ok(Opened { db, identity, incarnation: Incarnation::of_start(boot, nonce), cluster })
 }
 
 /// Starts an existing store over under a new identity, in a new cluster [R13, R19].
 pub(super) fn restart_as(
-    dir: &Path,
+    files: &dyn StoreDir,
     db: &Db,
     boot: u64,
     store: StoreId,
@@ -155,6 +156,6 @@ pub(super) fn restart_as(
     // One transaction: the store is of the old cluster or of the new one. The file beside it follows; until
     // it does the store knows it by the identity that it had before.
     db.restart_from(machine, cluster, vote, store)
-        .map_err(|e| ControlError::Damaged { path: store_path(dir), what: e.to_string() })?;
-    boot::write(dir, store, boot)
+        .map_err(|e| ControlError::Damaged { path: files.path(STORE_FILE), what: e.to_string() })?;
+    boot::write(files, store, boot)
 }

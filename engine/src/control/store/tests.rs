@@ -2,8 +2,8 @@
 //! foreign and rolled back files.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::sync::{Arc, Mutex};
+use std::{fs, io};
 
 use openraft::entry::RaftEntry;
 use openraft::testing::{StoreBuilder, Suite};
@@ -11,10 +11,31 @@ use redb::{BackendError, StorageBackend};
 
 use crate::types::{ClusterId, LogIndex, NodeId};
 
+use super::super::environment::System;
 use super::super::error::ControlError;
 use super::super::raft::{Entry, LogId, StorageError, TypeConfig, Vote};
 use super::super::state::StoreId;
 use super::*;
+
+fn system() -> System {
+    System::new(super::super::boot_time)
+}
+
+fn create(dir: &Path, me: NodeId) -> Result<StoreId, ControlError> {
+    super::create(&system(), dir, me)
+}
+
+fn open(dir: &Path, me: NodeId) -> Result<Opened, ControlError> {
+    super::open(&system(), dir, me)
+}
+
+fn store_path(dir: &Path) -> PathBuf {
+    super::store_path(&system(), dir)
+}
+
+fn boot_path(dir: &Path) -> PathBuf {
+    system().store_dir(dir).path(boot::FILE)
+}
 
 fn log_id(term: u64, index: u64) -> LogId {
     LogId::new(openraft::CommittedLeaderId::new(term, 1), index)
@@ -32,7 +53,7 @@ impl StoreBuilder<TypeConfig, StoreHandle, StateMachine, tempfile::TempDir> for 
         let dir = tempfile::tempdir().unwrap();
         create(dir.path(), NodeId(1)).unwrap();
         let opened = open(dir.path(), NodeId(1)).unwrap();
-        let (handle, _) = StoreHandle::start(opened.db).unwrap();
+        let (handle, _) = StoreHandle::start(&system(), opened.db).unwrap();
         let (machine, _) = StateMachine::load(handle.clone()).await.unwrap();
         Ok((dir, handle, machine))
     }
@@ -279,7 +300,7 @@ fn r13_what_stands_in_the_way_of_a_creation_is_named_and_one_that_was_cut_short_
     // Lost after it ran: it has cast votes.
     fs::remove_file(&path).unwrap();
     let Err(ControlError::Exists(named)) = create(dir.path(), NodeId(1)) else { panic!("made anew") };
-    assert_eq!(named, boot::path(dir.path()));
+    assert_eq!(named, boot_path(dir.path()));
 }
 
 #[test]
@@ -287,23 +308,27 @@ fn r19_a_recovery_that_dies_before_the_boot_file_is_written_is_whole() {
     let dir = tempfile::tempdir().unwrap();
     let old = create(dir.path(), NodeId(1)).unwrap();
     drop(open(dir.path(), NodeId(1)).unwrap());
-    let before = fs::read(boot::path(dir.path())).unwrap();
+    let before = fs::read(boot_path(dir.path())).unwrap();
     let (new, cluster) = (StoreId(old.0 ^ 1), ClusterId(9));
-    let (db, _, boot) = open_uncounted(dir.path(), NodeId(1)).unwrap();
-    restart_as(dir.path(), &db, boot, new, &Machine::default(), cluster, &Vote::new(3, 1)).unwrap();
+    let (db, _, boot) = open_uncounted(&system(), dir.path(), NodeId(1)).unwrap();
+    let files = system().store_dir(dir.path());
+    restart_as(files.as_ref(), &db, boot, new, &Machine::default(), cluster, &Vote::new(3, 1)).unwrap();
     drop(db);
-    fs::write(boot::path(dir.path()), before).unwrap();
+    fs::write(boot_path(dir.path()), before).unwrap();
     // Recovering once more would do as well as starting.
-    drop(open_uncounted(dir.path(), NodeId(1)).unwrap());
+    drop(open_uncounted(&system(), dir.path(), NodeId(1)).unwrap());
     let opened = open(dir.path(), NodeId(1)).unwrap();
     assert_eq!((opened.identity.store, opened.cluster), (new, Some(cluster)));
-    assert_eq!((opened.incarnation.boot, boot::read(dir.path()).unwrap()), (2, (new, 2)));
+    assert_eq!(
+        (opened.incarnation.boot, boot::read(system().store_dir(dir.path()).as_ref()).unwrap()),
+        (2, (new, 2))
+    );
     assert_eq!(opened.db.vote().unwrap(), Some(Vote::new(3, 1)));
     // The store of before the recovery is no way back.
     drop(opened);
     let other = tempfile::tempdir().unwrap();
     create(other.path(), NodeId(1)).unwrap();
-    fs::copy(boot::path(other.path()), boot::path(dir.path())).unwrap();
+    fs::copy(boot_path(other.path()), boot_path(dir.path())).unwrap();
     assert!(matches!(open(dir.path(), NodeId(1)), Err(ControlError::Damaged { .. })));
 }
 
@@ -327,8 +352,8 @@ fn r13_a_store_that_was_rolled_back_damaged_or_mixed_up_is_refused() {
     // The boot file of another store, and none.
     let other = tempfile::tempdir().unwrap();
     create(other.path(), NodeId(1)).unwrap();
-    fs::copy(boot::path(other.path()), boot::path(dir.path())).unwrap();
+    fs::copy(boot_path(other.path()), boot_path(dir.path())).unwrap();
     assert!(matches!(open(dir.path(), NodeId(1)), Err(ControlError::Damaged { .. })));
-    fs::remove_file(boot::path(dir.path())).unwrap();
+    fs::remove_file(boot_path(dir.path())).unwrap();
     assert!(matches!(open(dir.path(), NodeId(1)), Err(ControlError::Damaged { .. })));
 }

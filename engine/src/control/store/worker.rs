@@ -1,11 +1,12 @@
-//! The thread that owns the store. Disk latency stays off the runtime that sends heartbeats, and one queue
-//! keeps votes, log writes and reads in the order in which Raft asked for them.
+//! Who owns the store, and the queue to it. One queue keeps votes, log writes and reads in the order in which
+//! Raft asked for them. What runs the jobs, and when, is the environment's to say: in production a thread.
 
+use std::future::Future;
 use std::io;
-use std::thread;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::super::environment::Environment;
 use super::db::Db;
 
 /// Jobs queued at once; beyond, whoever asks waits.
@@ -13,7 +14,38 @@ const JOBS_MAX: usize = 64;
 
 type Job = Box<dyn FnOnce(&Db) + Send>;
 
-/// Asks the store's thread. The thread ends, and the store is closed, when the last handle is dropped.
+/// The owner of a store: runs its jobs in order, and closes it when the last handle is dropped.
+pub struct StoreWorker {
+    db: Db,
+    queue: mpsc::Receiver<Job>,
+    closed: watch::Sender<bool>,
+}
+
+impl StoreWorker {
+    /// Runs the jobs on this thread, until the store is closed.
+    pub fn run_blocking(mut self) {
+        while let Some(job) = self.queue.blocking_recv() {
+            job(&self.db);
+        }
+        self.close();
+    }
+
+    /// Runs the jobs in this task, until the store is closed; each takes as long as a `pause`.
+    pub async fn run<F: Future<Output = ()>>(mut self, mut pause: impl FnMut() -> F) {
+        while let Some(job) = self.queue.recv().await {
+            pause().await;
+            job(&self.db);
+        }
+        self.close();
+    }
+
+    fn close(self) {
+        drop(self.db);
+        self.closed.send_replace(true);
+    }
+}
+
+/// Asks the owner of the store.
 #[derive(Clone)]
 pub(in super::super) struct StoreHandle {
     jobs: mpsc::Sender<Job>,
@@ -23,17 +55,11 @@ pub(in super::super) struct StoreHandle {
 pub(in super::super) type Closed = watch::Receiver<bool>;
 
 impl StoreHandle {
-    /// Starts the thread.
-    pub(in super::super) fn start(db: Db) -> io::Result<(Self, Closed)> {
-        let (jobs, mut queue) = mpsc::channel::<Job>(JOBS_MAX);
+    /// Has the store run.
+    pub(in super::super) fn start(env: &dyn Environment, db: Db) -> io::Result<(Self, Closed)> {
+        let (jobs, queue) = mpsc::channel::<Job>(JOBS_MAX);
         let (closed, on_close) = watch::channel(false);
-        thread::Builder::new().name("blkrepl-store".into()).spawn(move || {
-            while let Some(job) = queue.blocking_recv() {
-                job(&db);
-            }
-            drop(db);
-            closed.send_replace(true);
-        })?;
+        env.start_store(StoreWorker { db, queue, closed })?;
         Ok((Self { jobs }, on_close))
     }
 

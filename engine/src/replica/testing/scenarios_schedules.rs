@@ -355,6 +355,24 @@ fn r20_a_repair_does_not_wait_for_ever_for_a_member_whose_disk_hangs() {
 }
 
 #[test]
+fn r20_a_block_that_a_resync_cannot_read_at_its_source_is_mended_from_another_member() {
+    let mut world = three();
+    world.crash(node(3));
+    world.run(20);
+    let tag = world.write(node(1), 10, false);
+    world.run(60);
+    let disk = &mut world.nodes.get_mut(&node(1)).unwrap().disk;
+    disk.bad = vec![10];
+    disk.data[10] = 0;
+    world.start(node(3));
+    world.run(120);
+    assert!(world.all_in_sync(), "{:#?}", world.summary());
+    assert_eq!(world.nodes[&node(1)].disk.data[10], tag);
+    assert_eq!(world.nodes[&node(3)].disk.data[10], tag);
+    world.converge();
+}
+
+#[test]
 fn a_replica_that_the_volume_did_not_have_before_gets_everything() {
     let mut world = two();
     for block in [3, 40] {

@@ -347,9 +347,9 @@ impl World {
         self.write(id, block, false)
     }
 
-    pub(in super::super) fn outcome_unknown(&mut self, id: NodeId, proposal: ProposalId) {
+    pub(in super::super) fn outcome(&mut self, id: NodeId, proposal: ProposalId, outcome: ProposalOutcome) {
         let now = Nanos(self.now);
-        self.replica(id).handle_proposal(now, proposal, ProposalOutcome::Unknown);
+        self.replica(id).handle_proposal(now, proposal, outcome);
         self.collect(id);
     }
 
