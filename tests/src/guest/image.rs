@@ -72,6 +72,9 @@ fn first(dir: &Path, prefix: &str) -> Result<PathBuf> {
 /// Why guests cannot be booted here; none if they can.
 #[must_use]
 pub fn unavailable() -> Option<String> {
+    if std::env::consts::ARCH != "x86_64" {
+        return Some("the guests are x86_64 machines".to_owned());
+    }
     if let Some(reason) = crate::proc::missing(&["qemu-system-x86_64", "busybox", "mkfs.ext4", "ldd"]) {
         return Some(reason);
     }
@@ -114,7 +117,7 @@ impl Image {
         }
         for (index, module) in MODULES.iter().enumerate() {
             let name = module.rsplit('/').next().unwrap_or(module);
-            copy(&modules.join(module), &root.join(format!("modules/{index:02}-{name}")))?;
+            put_module(&modules.join(module), &root.join(format!("modules/{index:02}-{name}")))?;
         }
         for (name, text) in configs {
             fs::write(root.join(format!("config/{name}.toml")), text).context("write a guest's config")?;
@@ -133,6 +136,20 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
         fs::create_dir_all(parent).with_context(|| format!("make {}", parent.display()))?;
     }
     fs::copy(from, to).with_context(|| format!("copy {} to {}", from.display(), to.display()))?;
+    Ok(())
+}
+
+/// A driver, which later releases compress; what a kernel has built in is no file.
+fn put_module(from: &Path, to: &Path) -> Result<()> {
+    if from.is_file() {
+        return copy(from, to);
+    }
+    let packed = PathBuf::from(format!("{}.xz", from.display()));
+    if packed.is_file() {
+        fs::write(to, []).with_context(|| format!("make {}", to.display()))?;
+        let script = "xz -dc \"$0\" >\"$1\"";
+        run_ok("sh", &["-c".as_ref(), script.as_ref(), packed.as_os_str(), to.as_os_str()], STEP_LIMIT)?;
+    }
     Ok(())
 }
 
