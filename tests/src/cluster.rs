@@ -435,7 +435,11 @@ impl Cluster {
         self.wait_gone(node)
     }
 
-    fn wait_gone(&mut self, node: &str) -> Result<()> {
+    /// Waits until a node that got its signal is gone.
+    ///
+    /// # Errors
+    /// After [`STOP_LIMIT`].
+    pub fn wait_gone(&mut self, node: &str) -> Result<()> {
         if let Some(mut child) = self.children.remove(node) {
             child.wait(STOP_LIMIT)?;
             return Ok(());

@@ -13,6 +13,7 @@ pub mod disk;
 pub mod evidence;
 pub mod faults;
 pub mod files;
+pub mod guest;
 pub mod mount;
 pub mod netns;
 pub mod plan;

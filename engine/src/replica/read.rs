@@ -123,13 +123,22 @@ impl Replica {
 
     /// An edge of part `n` of a partial write can't be read; the write already holds the exclusive lock.
     pub(super) fn begin_edge_repair(&mut self, id: OpId, n: usize) {
+        let alone = self.config.as_ref().is_some_and(|c| c.in_sync == [self.me]);
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.get_mut(&id).expect("the request of a fill exists");
         let blocks = op.plan[n].blocks;
         op.repairs += 1;
         if op.repairs > op.plan.len() {
-            // Each part was mended once: this disk does not keep what it is given.
-            return self.finish(id, Err(ClientError::Io));
+            // Each part was mended once: this disk does not keep what it is given, which is no better than one
+            // that cannot be written. Another member has the content; the client is not told an error for it.
+            if alone {
+                return self.finish(id, Err(ClientError::Io));
+            }
+            return self.fail(
+                "a block that was rewritten cannot be read again; the role is handed over, mend the disk and \
+                 restart the node, it will be resynced"
+                    .to_string(),
+            );
         }
         op.stage = Stage::Repair;
         let resume = Some(std::mem::take(&mut op.plan));

@@ -157,8 +157,17 @@ impl<'a> Faults<'a> {
 
     fn kill(&mut self, nodes: &[String]) -> Result<()> {
         self.tell(format!("kill {nodes:?}"));
-        self.cluster.kill_at_once(nodes)?;
         for node in nodes {
+            self.cluster.signal(node, Signal::KILL)?;
+        }
+        // A process that waits for its disk in the kernel is not gone before it has the answer [R7].
+        for disk in self.arena.devices.values().map(crate::disk::Device::disk) {
+            if disk.sickness().hung {
+                disk.set(Sickness::default());
+            }
+        }
+        for node in nodes {
+            self.cluster.wait_gone(node)?;
             self.paused.remove(node);
             self.dead.insert(node.clone());
         }

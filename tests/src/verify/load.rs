@@ -17,7 +17,7 @@ use crate::bits::Random;
 use crate::client::{Answer, Link, Request};
 
 /// Longest time to find a primary that accepts us.
-const RECONNECT_LIMIT: Duration = Duration::from_secs(60);
+const RECONNECT_LIMIT: Duration = Duration::from_secs(180);
 
 /// What all workers have in common.
 pub(super) struct Shared {

@@ -195,7 +195,7 @@ impl Verifier {
             for (index, piece) in bytes.chunks_exact(self.options.unit_len).enumerate() {
                 let unit = at + index as u64;
                 let value = self.shared.pattern.read(unit, piece).map_err(|damage| anyhow!("{damage}"))?;
-                self.settle(unit, value, after_power_loss.then_some(flushed))?;
+                self.settle(unit, value, after_power_loss.then_some(flushed), end)?;
                 if unit < self.options.shared_units {
                     let access = Access::Read(value);
                     reads.push(HistoryOp {
@@ -224,7 +224,7 @@ impl Verifier {
         Ok(())
     }
 
-    fn settle(&mut self, unit: u64, value: Value, flushed: Option<u64>) -> Result<()> {
+    fn settle(&mut self, unit: u64, value: Value, flushed: Option<u64>, at: u64) -> Result<()> {
         let Some(private) = unit.checked_sub(self.options.shared_units) else {
             return Ok(());
         };
@@ -234,7 +234,11 @@ impl Verifier {
         if let Some(flushed) = flushed {
             model.lose_power(flushed);
         }
-        model.observe(value).map_err(|finding| anyhow!("unit {unit} (worker {worker}): {finding}"))
+        model.observe(value).map_err(|finding| anyhow!("unit {unit} (worker {worker}): {finding}"))?;
+        if flushed.is_some() {
+            model.read_after_loss(value, at);
+        }
+        Ok(())
     }
 
     /// The area's length in bytes.
@@ -268,6 +272,11 @@ impl Running<'_> {
         })?;
         // A worker that ended by itself has a finding; stop() tells it.
         Ok(())
+    }
+
+    /// No new requests from now on, and no more reads; what is open is answered or replayed.
+    pub fn halt(&self) {
+        self.stop.store(true, Ordering::SeqCst);
     }
 
     /// Ends the load: no new requests, all open ones answered or replayed.

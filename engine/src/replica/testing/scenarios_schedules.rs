@@ -291,6 +291,26 @@ fn a_write_error_of_the_only_member_is_told_and_a_resync_under_way_begins_anew()
     world.converge();
 }
 
+/// Found by random disk faults on real processes: the client got an I/O error although the other member had
+/// the block.
+#[test]
+fn r20_a_disk_that_does_not_keep_a_mended_edge_hands_the_role_over() {
+    let mut world = two();
+    world.write(node(1), 10, false);
+    world.run(2);
+    let disk = &mut world.nodes.get_mut(&node(1)).unwrap().disk;
+    (disk.bad, disk.bad_for_good) = (vec![10], true);
+    world.write_bytes(node(1), 10 * BLOCK + 100, 200, false);
+    world.run(5);
+    let failure = world.replica(node(1)).status().failure.clone().unwrap_or_default();
+    assert!(failure.contains("rewritten"), "{failure}");
+    assert_eq!(world.config.primary.map(|m| m.node), Some(node(2)));
+    let disk = &mut world.nodes.get_mut(&node(1)).unwrap().disk;
+    (disk.bad, disk.bad_for_good) = (Vec::new(), false);
+    world.crash(node(1));
+    world.converge();
+}
+
 #[test]
 fn a_repair_that_a_change_of_reign_interrupts_releases_its_buffer_once() {
     let mut world = two();

@@ -682,7 +682,8 @@ impl World {
                 if n.disk.write_error {
                     return Err(DiskErrorKind::Io);
                 }
-                n.disk.bad.retain(|b| !blocks.contains(BlockIndex(*b)));
+                let for_good = n.disk.bad_for_good;
+                n.disk.bad.retain(|b| for_good || !blocks.contains(BlockIndex(*b)));
                 self.land(id, op);
                 Ok(DiskResult::Done)
             }
