@@ -135,7 +135,7 @@ impl World {
         let conn = ConnId(n.next_conn);
         n.next_conn += 1;
         n.clients.insert(conn, client);
-        let boot = n.incarnation.boot;
+        let boot = n.starts;
         let c = &mut self.clients[client];
         // It will be there again.
         c.next_node = id.0 - 1;

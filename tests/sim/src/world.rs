@@ -287,7 +287,7 @@ impl World {
     }
 
     pub(crate) fn at_node(&mut self, after: Time, node: NodeId, event: NodeEvent) {
-        let boot = self.node_ref(node).incarnation.boot;
+        let boot = self.node_ref(node).starts;
         self.schedule(after, Event::Node(node, boot, event));
     }
 
@@ -324,7 +324,7 @@ impl World {
         match event {
             Event::Node(id, boot, event) => {
                 let n = self.node_ref(id);
-                if !n.is_up() || n.incarnation.boot != boot {
+                if !n.is_up() || n.starts != boot {
                     return;
                 }
                 if n.paused_until > self.now {
@@ -392,7 +392,7 @@ impl World {
         let n = self.node(node);
         n.mail_at = at;
         n.mail.push_back(mail);
-        let boot = n.incarnation.boot;
+        let boot = n.starts;
         self.queue.push(at, Event::Node(node, boot, NodeEvent::Mail));
     }
 
@@ -405,7 +405,7 @@ impl World {
             if !self.witness_up {
                 self.witness_up = true;
                 self.witness_boot += 1;
-                let incarnation = Incarnation { boot: self.witness_boot, nonce };
+                let incarnation = Incarnation::of_start(self.witness_boot, nonce);
                 let clock = Clock::new(0, S, 0);
                 let run = crate::control::Run { incarnation, os_boot: 1, clock };
                 self.control.start(self.now, id, run);
@@ -416,7 +416,8 @@ impl World {
             return;
         }
         let n = self.node(id);
-        n.incarnation = Incarnation { boot: n.incarnation.boot + 1, nonce };
+        n.starts += 1;
+        n.incarnation = Incarnation::of_start(n.starts, nonce);
         n.phase = Phase::Waiting;
         let (incarnation, os_boot, clock) = (n.incarnation, n.os_boot, n.clock);
         self.note(id, format_args!("starts as {incarnation}"));
