@@ -156,12 +156,19 @@ impl Disk {
         }
     }
 
-    /// Some sectors of a write land.
-    pub(crate) fn write_some(&mut self, blocks: BlockRange, tags: Option<&[u64]>, rng: &mut Rng) {
+    /// Some sectors of a write land. What a write that fails leaves behind is taken to be as durable as the
+    /// write was to be.
+    pub(crate) fn write_some(
+        &mut self,
+        blocks: BlockRange,
+        tags: Option<&[u64]>,
+        durable: bool,
+        rng: &mut Rng,
+    ) {
         let keep = rng.below(1001);
         for (n, sector) in Self::span(blocks).enumerate() {
             if rng.chance(keep) {
-                self.put(sector, tags.map_or(0, |t| t[n]), false);
+                self.put(sector, tags.map_or(0, |t| t[n]), durable);
             }
         }
     }

@@ -128,6 +128,7 @@ impl World {
         let (health, report) = match (&n.replica, &n.phase) {
             (Some(replica), Phase::Stopped) => (Health::Unhealthy("it stops".into()), replica.report()),
             (Some(replica), _) => (replica.health(), replica.report()),
+            (None, Phase::Recreating) => (Health::Unhealthy("it is being made anew".into()), no_report()),
             (None, Phase::Unusable(reason)) => (Health::Unhealthy(reason.clone()), no_report()),
             _ => return,
         };
@@ -313,7 +314,7 @@ impl World {
                     let tags = pending.tags.as_ref().map(|t| t.as_slice());
                     match fate {
                         0 => n.disk.write(blocks, tags, false),
-                        1 => n.disk.write_some(blocks, tags, &mut rng),
+                        1 => n.disk.write_some(blocks, tags, false, &mut rng),
                         _ => {}
                     }
                 }

@@ -199,8 +199,8 @@ impl World {
         let client = at(rng.below(self.shape.clients));
         let Some(c) = self.clients[client].connection else { return false };
         let wait = rng.skewed(10_000, 5 * MS);
-        let boot = c.boot;
-        self.queue.push(self.now + wait, Event::Node(c.node, boot, NodeEvent::ClientGone(c.conn)));
+        let life = c.life;
+        self.queue.push(self.now + wait, Event::Node(c.node, life, NodeEvent::ClientGone(c.conn)));
         self.connection_over(client);
         true
     }

@@ -152,7 +152,7 @@ impl World {
         }
         self.note("OPERATOR", format_args!("recreate at {id}"));
         self.end_replica(id);
-        self.node(id).phase = Phase::Unusable("it is being made anew".into());
+        self.node(id).phase = Phase::Recreating;
         self.report(id);
         let by = self.now + RECREATE_BY;
         self.at_node(0, id, NodeEvent::Recreate(by));
@@ -190,6 +190,7 @@ impl World {
         self.land_pending(id);
         let n = self.node(id);
         n.replica = None;
+        n.replicas_made += 1;
         n.bufs.clear();
         n.sessions.clear();
         n.dialing.clear();

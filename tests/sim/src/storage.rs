@@ -157,12 +157,12 @@ impl World {
         let total = self.shape.geometry.blocks();
         let disk = &mut self.node(id).disk;
         if disk.defects.full_until > now && rng.chance(700) {
-            disk.write_some(blocks, tags, &mut rng);
+            disk.write_some(blocks, tags, durable, &mut rng);
             return Err(DiskErrorKind::NoSpace);
         }
         if disk.defects.write_errors > 0 {
             disk.defects.write_errors -= 1;
-            disk.write_some(blocks, tags, &mut rng);
+            disk.write_some(blocks, tags, durable, &mut rng);
             return Err(DiskErrorKind::Io);
         }
         if disk.defects.lost_writes > 0 {

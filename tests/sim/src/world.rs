@@ -33,8 +33,8 @@ const _: () = assert!(REGION_SIZE_DEFAULT >= 65536);
 /// Something that happens.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// At a data node, in this run of its process.
-    Node(NodeId, u64, NodeEvent),
+    /// At a data node, in this run of its process (and for most, of the replica in it).
+    Node(NodeId, Life, NodeEvent),
     /// The oldest frame that this end of the connection has sent arrives.
     Frame(usize, usize),
     /// This end hears that the other is closed.
@@ -47,6 +47,13 @@ pub(crate) enum Event {
     Operator,
     /// The checks of everything at once, and the next phase if it is time.
     Check,
+}
+
+/// A run of a node's process, and of the replica in it, which may be made anew while the process goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Life {
+    pub(crate) boot: u64,
+    pub(crate) replica: u64,
 }
 
 /// Something that happens at a node.
@@ -287,8 +294,8 @@ impl World {
     }
 
     pub(crate) fn at_node(&mut self, after: Time, node: NodeId, event: NodeEvent) {
-        let boot = self.node_ref(node).starts;
-        self.schedule(after, Event::Node(node, boot, event));
+        let life = self.node_ref(node).life();
+        self.schedule(after, Event::Node(node, life, event));
     }
 
     /// Runs to the end, or to the first violation.
@@ -322,14 +329,18 @@ impl World {
 
     fn handle(&mut self, event: Event) {
         match event {
-            Event::Node(id, boot, event) => {
+            Event::Node(id, life, event) => {
                 let n = self.node_ref(id);
-                if !n.is_up() || n.starts != boot {
+                let of_process = matches!(
+                    event,
+                    NodeEvent::Mail | NodeEvent::Open | NodeEvent::Recreate(_) | NodeEvent::Exit
+                );
+                if !n.is_up() || n.life().boot != life.boot || (!of_process && n.life() != life) {
                     return;
                 }
                 if n.paused_until > self.now {
                     let until = n.paused_until;
-                    return self.queue.push(until, Event::Node(id, boot, event));
+                    return self.queue.push(until, Event::Node(id, life, event));
                 }
                 self.handle_node(id, event);
             }
@@ -392,8 +403,8 @@ impl World {
         let n = self.node(node);
         n.mail_at = at;
         n.mail.push_back(mail);
-        let boot = n.starts;
-        self.queue.push(at, Event::Node(node, boot, NodeEvent::Mail));
+        let life = n.life();
+        self.queue.push(at, Event::Node(node, life, NodeEvent::Mail));
     }
 
     // Processes.
