@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::types::{ClusterId, NodeId};
+use crate::types::{ClusterId, Incarnation, NodeId};
 
 use super::codec::CodecError;
 use super::state::StoreId;
@@ -54,6 +54,17 @@ pub enum ControlError {
         store: u64,
         /// Starts by the boot file.
         file: u64,
+    },
+    /// The cluster knows a newer run of it [R13].
+    #[error(
+        "{path} was rolled back or copied: the cluster knows run {newest} of it, which it does not remember; it \
+         may have forgotten votes and is refused; remove the node from the cluster and add it under a new id"
+    )]
+    Outdated {
+        /// The store.
+        path: PathBuf,
+        /// The run that the cluster knows.
+        newest: Incarnation,
     },
     /// Damaged or not a control store [R13].
     #[error(

@@ -53,6 +53,7 @@ struct Inner {
     contacts: BTreeMap<NodeId, String>,
     state: watch::Receiver<Arc<ClusterState>>,
     targets: Mutex<BTreeMap<NodeId, Target>>,
+    outdated: watch::Sender<Option<Incarnation>>,
 }
 
 /// The way to all other nodes. Clones share connections.
@@ -82,6 +83,7 @@ impl Peers {
             contacts,
             state,
             targets: Mutex::default(),
+            outdated: watch::channel(None).0,
         };
         Self { inner: Arc::new(inner) }
     }
@@ -154,7 +156,18 @@ impl Peers {
                 what: known.err().unwrap_or_else(|| "its answer is not believed".into()),
             });
         }
+        if let ReplyBody::Outdated(newest) = reply.body {
+            self.inner.outdated.send_replace(Some(newest));
+            let reason =
+                format!("this node has run as {newest} already; its store was rolled back or copied");
+            return Err(CallError::Refused { node, reason });
+        }
         Ok(reply.body)
+    }
+
+    /// Turns to the newest run of this node once a node of the cluster says that it is not this one [R13].
+    pub(super) fn outdated(&self) -> watch::Receiver<Option<Incarnation>> {
+        self.inner.outdated.subscribe()
     }
 
     async fn exchange(

@@ -105,6 +105,8 @@ pub(super) enum ReplyBody {
     Refused(String),
     /// It was tried and went wrong; it may have taken effect.
     Failed(String),
+    /// The sender is not the newest run of its node, this one is: its store was rolled back or copied [R13].
+    Outdated(Incarnation),
 }
 
 /// Reads one frame. `None` if the stream ends before it.
@@ -157,14 +159,21 @@ pub(super) fn check_sender(state: &ClusterState, from: &Sender) -> Result<(), St
             record.store, from.store
         ));
     }
-    match record.incarnation {
-        Some(newest) if newest != from.incarnation && newest.boot >= from.incarnation.boot => Err(format!(
+    match newer_run(state, from) {
+        Some(newest) => Err(format!(
             "{node} has run as {newest} already and speaks as {}: its store was rolled back or copied; \
              remove it and add it under a new id",
             from.incarnation
         )),
-        _ => Ok(()),
+        None => Ok(()),
     }
+}
+
+/// The registered run of the sender's store that shows that it was rolled back or copied: its counter is not
+/// below the sender's, and it is another run. A store counts its starts durably before it speaks [R13].
+pub(super) fn newer_run(state: &ClusterState, from: &Sender) -> Option<Incarnation> {
+    let record = state.nodes.get(&from.node).filter(|record| record.store == from.store)?;
+    record.incarnation.filter(|newest| *newest != from.incarnation && newest.boot >= from.incarnation.boot)
 }
 
 /// What a receiver knows of itself.

@@ -37,6 +37,8 @@ pub mod io;
 mod join;
 mod membership;
 mod meta_store;
+#[cfg(test)]
+mod model;
 mod peer;
 mod primary;
 mod range_lock;
@@ -175,7 +177,9 @@ impl Replica {
             was_clean,
             same_os_boot,
             writes_acked: 0,
-            next_proposal: ProposalId(1),
+            // A replica may be opened more than once in a run of the process (it was made anew), and the control
+            // plane takes a known id for a retry: it would answer with the fate of the older proposal.
+            next_proposal: ProposalId(boot.now.0.max(1)),
             next_request: 1,
             next_tick: boot.now,
             out: VecDeque::new(),
@@ -334,7 +338,8 @@ impl Replica {
     }
 
     fn send(&mut self, session: SessionId, msg: PeerMsg) {
-        if crate::mutation::drops_frame() {
+        let keeps_alive = matches!(msg, PeerMsg::Ping | PeerMsg::Pong);
+        if !keeps_alive && crate::mutation::drops_frame() {
             return;
         }
         self.out.push_back(Output::Send(session, msg));

@@ -58,11 +58,13 @@ impl World {
                 format!("{id} answers in reign {reign}, after an answer in reign {}", self.answered_reign);
             return self.broke(Invariant::OneServer, text);
         }
-        if n.clock.local(now) >= n.lease_until {
+        // A failed replica without a successor tells its clients so whether it has a lease or not.
+        if n.clock.local(now) >= n.lease_until && values.is_ok() {
             return self.broke(Invariant::OneServer, format!("{id} answers {op} without a lease [R26, R27]"));
         }
+        // One that failed cannot write its superblock; all it says is that.
         let behind = n.superblocks.iter().flatten().find(|sb| sb.reign != reign || sb.epoch != epoch);
-        if let Some(sb) = behind {
+        if let Some(sb) = behind.filter(|_| values.is_ok()) {
             let text = format!(
                 "{id} answers in reign {reign} at epoch {epoch}, its superblock says reign {} and epoch {}",
                 sb.reign, sb.epoch

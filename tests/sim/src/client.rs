@@ -14,7 +14,7 @@ use crate::content::{SECTOR, SECTORS, Tags, at};
 use crate::history::OpKind;
 use crate::outcome::Invariant;
 use crate::rng::Rng;
-use crate::world::{Event, NodeEvent, Stage, World};
+use crate::world::{Event, Life, NodeEvent, Stage, World};
 
 /// Something that happens at a client.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ pub(crate) enum ClientEvent {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Connection {
     pub(crate) node: NodeId,
-    pub(crate) boot: u64,
+    pub(crate) life: Life,
     pub(crate) conn: ConnId,
     /// Counts the connections of the client.
     pub(crate) number: u64,
@@ -135,13 +135,13 @@ impl World {
         let conn = ConnId(n.next_conn);
         n.next_conn += 1;
         n.clients.insert(conn, client);
-        let boot = n.incarnation.boot;
+        let life = n.life();
         let c = &mut self.clients[client];
         // It will be there again.
         c.next_node = id.0 - 1;
         let number = c.next_number;
         c.next_number += 1;
-        c.connection = Some(Connection { node: id, boot, conn, number });
+        c.connection = Some(Connection { node: id, life, conn, number });
         (c.sent_at, c.answer_at) = (self.now, self.now);
         self.note(format!("client {client}"), format_args!("is connected to {id}"));
         self.ask_soon(client, US);
@@ -212,7 +212,7 @@ impl World {
     }
 
     fn ask(&mut self, client: usize, wish: &Wish) {
-        let Some(Connection { node, boot, conn, .. }) = self.clients[client].connection else { return };
+        let Some(Connection { node, life, conn, .. }) = self.clients[client].connection else { return };
         let who = u8::try_from(client).expect("few clients");
         let op = self.history.ask(who, wish.kind, (wish.first, wish.count), wish.fua, self.now, wish.again);
         let delay = self.rng.skewed(5 * US, self.shape.net_max);
@@ -220,7 +220,7 @@ impl World {
         c.open.push(op);
         c.sent_at = c.sent_at.max(self.now + delay);
         let at = c.sent_at;
-        self.queue.push(at, Event::Node(node, boot, NodeEvent::Request(conn, op)));
+        self.queue.push(at, Event::Node(node, life, NodeEvent::Request(conn, op)));
         if self.trace.is_readable() {
             self.note(
                 format!("client {client}"),

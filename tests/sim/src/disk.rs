@@ -156,27 +156,34 @@ impl Disk {
         }
     }
 
-    /// Some sectors of a write land.
-    pub(crate) fn write_some(&mut self, blocks: BlockRange, tags: Option<&[u64]>, rng: &mut Rng) {
+    /// Some sectors of a write land. What a write that fails leaves behind is taken to be as durable as the
+    /// write was to be.
+    pub(crate) fn write_some(
+        &mut self,
+        blocks: BlockRange,
+        tags: Option<&[u64]>,
+        durable: bool,
+        rng: &mut Rng,
+    ) {
         let keep = rng.below(1001);
         for (n, sector) in Self::span(blocks).enumerate() {
             if rng.chance(keep) {
-                self.put(sector, tags.map_or(0, |t| t[n]), false);
+                self.put(sector, tags.map_or(0, |t| t[n]), durable);
             }
         }
     }
 
     /// The disk says that it wrote, and did not.
-    pub(crate) fn lose_write(&mut self, blocks: BlockRange) {
+    pub(crate) fn lose_write(&mut self, blocks: BlockRange, durable: bool) {
         for sector in Self::span(blocks) {
             let old = self.sectors[at(sector)].seen;
-            self.put(sector, old | ROT, false);
+            self.put(sector, old | ROT, durable);
         }
     }
 
     /// The disk writes to `to` what was meant for `blocks`.
     pub(crate) fn misdirect(&mut self, blocks: BlockRange, to: u64, tags: Option<&[u64]>, durable: bool) {
-        self.lose_write(blocks);
+        self.lose_write(blocks, durable);
         let target = BlockRange::between(to, to + blocks.count);
         for (n, sector) in Self::span(target).enumerate() {
             self.put(sector, tags.map_or(0, |t| t[n]) | ROT, durable);
@@ -375,7 +382,7 @@ mod tests {
     fn falsified_content_is_marked_until_it_is_overwritten() {
         let mut disk = disk();
         disk.write(block(0), Some(&[7; 8]), true);
-        disk.lose_write(block(0));
+        disk.lose_write(block(0), false);
         assert_eq!(disk.seen(0), 7 | ROT);
         disk.write(block(0), Some(&[8; 8]), false);
         assert_eq!(disk.seen(0), 8);

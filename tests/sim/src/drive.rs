@@ -120,6 +120,7 @@ impl World {
         let (health, report) = match (&n.replica, &n.phase) {
             (Some(replica), Phase::Stopped) => (Health::Unhealthy("it stops".into()), replica.report()),
             (Some(replica), _) => (replica.health(), replica.report()),
+            (None, Phase::Recreating) => (Health::Unhealthy("it is being made anew".into()), no_report()),
             (None, Phase::Unusable(reason)) => (Health::Unhealthy(reason.clone()), no_report()),
             _ => return,
         };
@@ -289,7 +290,7 @@ impl World {
         self.copies_changed();
     }
 
-    fn land_pending(&mut self, id: NodeId) {
+    pub(crate) fn land_pending(&mut self, id: NodeId) {
         let mut rng = self.rng.fork();
         let n = self.node(id);
         for pending in std::mem::take(&mut n.pending) {
@@ -304,7 +305,7 @@ impl World {
                     let tags = pending.tags.as_ref().map(|t| t.as_slice());
                     match fate {
                         0 => n.disk.write(blocks, tags, false),
-                        1 => n.disk.write_some(blocks, tags, &mut rng),
+                        1 => n.disk.write_some(blocks, tags, false, &mut rng),
                         _ => {}
                     }
                 }

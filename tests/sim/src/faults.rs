@@ -7,7 +7,7 @@
 //! told of because the only copy cannot be read or written.
 
 use blkrepl_engine::replica::Replica;
-use blkrepl_engine::types::{Member, NodeId};
+use blkrepl_engine::types::{Member, NodeId, SuperblockTrust};
 
 use crate::clock::{MS, S, Time};
 use crate::content::{ROT, SECTORS, at};
@@ -19,6 +19,8 @@ use crate::outcome::Invariant;
 use crate::rng::Rng;
 use crate::world::{Event, NodeEvent, Stage, VOLUME, World};
 
+/// How long the volume has to be without a primary before an operator forces.
+const FORCE_AFTER: Time = 8 * S;
 /// How long after an injected disk error clients may be told of it.
 const ERROR_EXCUSED: Time = 30 * S;
 
@@ -197,8 +199,8 @@ impl World {
         let client = at(rng.below(self.shape.clients));
         let Some(c) = self.clients[client].connection else { return false };
         let wait = rng.skewed(10_000, 5 * MS);
-        let boot = c.boot;
-        self.queue.push(self.now + wait, Event::Node(c.node, boot, NodeEvent::ClientGone(c.conn)));
+        let life = c.life;
+        self.queue.push(self.now + wait, Event::Node(c.node, life, NodeEvent::ClientGone(c.conn)));
         self.connection_over(client);
         true
     }
@@ -463,11 +465,25 @@ impl World {
     /// If a disk was lost and the rest of the set with it, an operator has to force.
     fn force_if_nothing_else_helps(&mut self) {
         let Some(v) = self.volume().cloned() else { return };
+        if self.ids().any(|id| self.serves_now(id)) || self.now < self.served_at + FORCE_AFTER {
+            return;
+        }
+        // A copy whose superblock lost its second copy, and does not match the config, is not believed [R16].
+        let doubtful = |m: &&Member| {
+            let report = self.node_ref(m.node).replica.as_ref().map(Replica::report);
+            report.is_some_and(|r| r.trust != SuperblockTrust::Sound)
+        };
+        let doubted: Vec<NodeId> = v.in_sync.iter().filter(doubtful).map(|m| m.node).collect();
+        if !doubted.is_empty() {
+            self.stats.saw("forced for a doubtful superblock");
+            let _asked = doubted.into_iter().any(|id| self.ask_promote(id, true));
+            return;
+        }
         let content_left = v.in_sync.iter().any(|m| {
             let n = self.node_ref(m.node);
             n.emptied_boot < m.incarnation.boot
         });
-        if content_left || self.ids().any(|id| self.serves_now(id)) {
+        if content_left {
             return;
         }
         let candidates: Vec<NodeId> = self.ids().filter(|id| v.member(*id).is_none()).collect();

@@ -14,6 +14,7 @@ use blkrepl_engine::wire::{BufId, Payload, SessionId};
 use crate::clock::{Clock, Time};
 use crate::content::{BLOCK, Tags, at, crc};
 use crate::disk::{Disk, Snapshot};
+use crate::world::Life;
 
 /// What became of the replica in the present run of the process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +28,8 @@ pub(crate) enum Phase {
     Running,
     /// Its files cannot be opened.
     Unusable(String),
+    /// It has ended, to be made anew once its run is no member.
+    Recreating,
     /// It has stopped; the process is about to end.
     Stopped,
 }
@@ -98,6 +101,8 @@ pub(crate) struct Node {
     pub(crate) lost_boot: u64,
     /// The disk was lost or given up: what it held is gone, also what was flushed.
     pub(crate) emptied_boot: u64,
+    /// Replicas that were ended while the process went on.
+    pub(crate) replicas_made: u64,
     /// It has served since it was named the only member.
     pub(crate) served_in: u64,
 }
@@ -132,12 +137,17 @@ impl Node {
             reported: None,
             lost_boot: 0,
             emptied_boot: 0,
+            replicas_made: 0,
             served_in: 0,
         }
     }
 
     pub(crate) fn me(&self) -> Member {
         Member { node: self.id, incarnation: self.incarnation }
+    }
+
+    pub(crate) fn life(&self) -> Life {
+        Life { boot: self.incarnation.boot, replica: self.replicas_made }
     }
 
     pub(crate) fn is_up(&self) -> bool {

@@ -9,6 +9,9 @@ use blkrepl_engine::types::{Health, LineageId, NodeId};
 use crate::node::Phase;
 use crate::world::{NodeEvent, VOLUME, World};
 
+/// How long a replica that is to be made anew waits until it is no member.
+const RECREATE_BY: u64 = 15_000_000_000;
+
 /// What an operator has asked for and not heard of.
 #[derive(Debug, Default)]
 pub(crate) struct Operator {
@@ -149,12 +152,32 @@ impl World {
         }
         self.note("OPERATOR", format_args!("recreate at {id}"));
         self.end_replica(id);
+        self.node(id).phase = Phase::Recreating;
+        self.report(id);
+        let by = self.now + RECREATE_BY;
+        self.at_node(0, id, NodeEvent::Recreate(by));
+        true
+    }
+
+    /// The files go once the committed set does not name this run any more: another primary, or the present
+    /// one, must not take the new files for those of the member.
+    pub(crate) fn recreate(&mut self, id: NodeId, by: u64) {
+        let n = self.node_ref(id);
+        let me = n.me();
+        let named =
+            n.state.as_ref().and_then(|s| s.volumes.get(&VOLUME)).is_none_or(|v| v.in_sync.contains(&me));
+        if named && self.now < by {
+            return self.at_node(20_000_000, id, NodeEvent::Recreate(by));
+        }
+        if named || !self.may_lose_copy(id) {
+            self.node(id).phase = Phase::Opening;
+            return self.at_node(1_000_000, id, NodeEvent::Open);
+        }
         self.empty_disk(id);
         self.node(id).phase = Phase::Opening;
         self.copies_changed();
         let wait = self.rng.skewed(1_000_000, 60_000_000);
         self.at_node(wait, id, NodeEvent::Open);
-        true
     }
 
     /// Ends the replica within a process that goes on.
@@ -164,9 +187,10 @@ impl World {
         for (conn, client) in clients {
             self.tell_closed(id, conn, client, 50_000);
         }
+        self.land_pending(id);
         let n = self.node(id);
         n.replica = None;
-        n.pending.clear();
+        n.replicas_made += 1;
         n.bufs.clear();
         n.sessions.clear();
         n.dialing.clear();

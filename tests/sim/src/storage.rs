@@ -157,22 +157,22 @@ impl World {
         let total = self.shape.geometry.blocks();
         let disk = &mut self.node(id).disk;
         if disk.defects.full_until > now && rng.chance(700) {
-            disk.write_some(blocks, tags, &mut rng);
+            disk.write_some(blocks, tags, durable, &mut rng);
             return Err(DiskErrorKind::NoSpace);
         }
         if disk.defects.write_errors > 0 {
             disk.defects.write_errors -= 1;
-            disk.write_some(blocks, tags, &mut rng);
+            disk.write_some(blocks, tags, durable, &mut rng);
             return Err(DiskErrorKind::Io);
         }
         if disk.defects.lost_writes > 0 {
             disk.defects.lost_writes -= 1;
-            disk.lose_write(blocks);
+            disk.lose_write(blocks, durable);
         } else if disk.defects.misdirected > 0 && blocks.count * 2 <= total {
             disk.defects.misdirected -= 1;
             let to = rng.below(total - blocks.count + 1);
             if BlockRange::between(to, to + blocks.count).overlaps(&blocks) {
-                disk.lose_write(blocks);
+                disk.lose_write(blocks, durable);
             } else {
                 disk.misdirect(blocks, to, tags, durable);
             }

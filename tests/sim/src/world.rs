@@ -33,8 +33,8 @@ const _: () = assert!(REGION_SIZE_DEFAULT >= 65536);
 /// Something that happens.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// At a data node, in this run of its process.
-    Node(NodeId, u64, NodeEvent),
+    /// At a data node, in this run of its process (and for most, of the replica in it).
+    Node(NodeId, Life, NodeEvent),
     /// The oldest frame that this end of the connection has sent arrives.
     Frame(usize, usize),
     /// This end hears that the other is closed.
@@ -49,6 +49,13 @@ pub(crate) enum Event {
     Check,
 }
 
+/// A run of a node's process, and of the replica in it, which may be made anew while the process goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Life {
+    pub(crate) boot: u64,
+    pub(crate) replica: u64,
+}
+
 /// Something that happens at a node.
 #[derive(Debug)]
 pub(crate) enum NodeEvent {
@@ -61,6 +68,8 @@ pub(crate) enum NodeEvent {
     Up(usize, usize),
     Request(ConnId, usize),
     ClientGone(ConnId),
+    /// A replica is to be made anew, by then.
+    Recreate(Time),
     /// The process ends by itself.
     Exit,
 }
@@ -285,8 +294,8 @@ impl World {
     }
 
     pub(crate) fn at_node(&mut self, after: Time, node: NodeId, event: NodeEvent) {
-        let boot = self.node_ref(node).incarnation.boot;
-        self.schedule(after, Event::Node(node, boot, event));
+        let life = self.node_ref(node).life();
+        self.schedule(after, Event::Node(node, life, event));
     }
 
     /// Runs to the end, or to the first violation.
@@ -320,14 +329,18 @@ impl World {
 
     fn handle(&mut self, event: Event) {
         match event {
-            Event::Node(id, boot, event) => {
+            Event::Node(id, life, event) => {
                 let n = self.node_ref(id);
-                if !n.is_up() || n.incarnation.boot != boot {
+                let of_process = matches!(
+                    event,
+                    NodeEvent::Mail | NodeEvent::Open | NodeEvent::Recreate(_) | NodeEvent::Exit
+                );
+                if !n.is_up() || n.life().boot != life.boot || (!of_process && n.life() != life) {
                     return;
                 }
                 if n.paused_until > self.now {
                     let until = n.paused_until;
-                    return self.queue.push(until, Event::Node(id, boot, event));
+                    return self.queue.push(until, Event::Node(id, life, event));
                 }
                 self.handle_node(id, event);
             }
@@ -355,6 +368,7 @@ impl World {
                     self.input(id, |r, now| r.handle_client(now, ClientInput::Closed(conn)));
                 }
             }
+            NodeEvent::Recreate(by) => self.recreate(id, by),
             NodeEvent::Exit => self.crash(id, false),
         }
     }
@@ -389,8 +403,8 @@ impl World {
         let n = self.node(node);
         n.mail_at = at;
         n.mail.push_back(mail);
-        let boot = n.incarnation.boot;
-        self.queue.push(at, Event::Node(node, boot, NodeEvent::Mail));
+        let life = n.life();
+        self.queue.push(at, Event::Node(node, life, NodeEvent::Mail));
     }
 
     // Processes.

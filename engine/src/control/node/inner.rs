@@ -213,6 +213,18 @@ impl Inner {
         });
     }
 
+    /// The cluster knows a newer run of this store, so it was rolled back or copied. It says so to every later
+    /// run: counting on, it would be believed again, and it has forgotten votes [R13].
+    pub(super) async fn give_up(&self, newest: Incarnation) {
+        if let Some(store) = self.store()
+            && let Err(e) = store.run(move |db| db.set_outdated(newest)).await
+        {
+            tracing::error!(node = self.me.0, %e, "cannot record that the store was rolled back");
+        }
+        let path = self.options.dir.clone();
+        self.fail(ControlError::Outdated { path, newest }.to_string());
+    }
+
     pub(super) fn next_request(&self) -> RequestId {
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
         RequestId { node: self.me, incarnation: self.incarnation, volume: None, number }

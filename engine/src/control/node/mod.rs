@@ -153,6 +153,7 @@ pub async fn start_in(options: ControlOptions, env: Arc<dyn Environment>) -> Res
     inner.spawn_vital("lead", leader::lead(Arc::clone(&inner)));
     inner.spawn_vital("keep_membership", leader::keep_membership(Arc::clone(&inner)));
     inner.spawn_vital("renew", renew::renew(Arc::clone(&inner)));
+    inner.spawn_vital("watch_outdated", renew::watch_outdated(Arc::clone(&inner)));
     inner.spawn_vital("follow_applied", renew::follow_applied(Arc::clone(&inner)));
     inner.spawn_vital("found", bootstrap::found(Arc::clone(&inner)));
     Ok(Control { running: Arc::new(Running { inner }) })

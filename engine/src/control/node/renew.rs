@@ -7,7 +7,7 @@ use crate::types::Member;
 
 use super::super::command::ClusterOp;
 use super::super::error::SubmitError;
-use super::super::rpc::{Renewal, ReplyBody, RequestBody};
+use super::super::rpc::{Renewal, ReplyBody, RequestBody, newer_run};
 use super::super::runtime::{sleep, timeout};
 use super::inner::{Inner, lock};
 
@@ -19,16 +19,20 @@ pub(super) async fn renew(inner: Arc<Inner>) {
     loop {
         let state = inner.current();
         let member = Member { node: inner.me, incarnation: inner.incarnation };
+        let renew = renewal_pause(inner.options.renew, state.lease);
         let pause = if !state.nodes.contains_key(&inner.me) {
             // The founding, or being added, is still to come.
             RETRY
+        } else if let Some(newest) = newer_run(&state, &inner.peers.me()) {
+            inner.give_up(newest).await;
+            return;
         } else if !state.is_newest(member) {
             if !register(&inner).await {
                 return;
             }
             RETRY
         } else if renew_once(&inner, member).await {
-            inner.options.renew
+            renew
         } else {
             RETRY
         };
@@ -37,6 +41,22 @@ pub(super) async fn renew(inner: Arc<Inner>) {
         if pause == RETRY {
             sleep(Duration::from_millis(1)).await;
         }
+    }
+}
+
+/// How long after a renewal the next one leaves. The length of leases is the cluster's: however short it has
+/// made them, one is renewed before it is over.
+fn renewal_pause(wanted: Duration, lease: Duration) -> Duration {
+    wanted.min(lease / 3)
+}
+
+/// Waits until a node of the cluster says that it knows a newer run of this store [R13].
+pub(super) async fn watch_outdated(inner: Arc<Inner>) {
+    let mut outdated = inner.peers.outdated();
+    // The sender lives as long as this node; without it there is nothing left to do.
+    let newest = outdated.wait_for(Option::is_some).await.ok().and_then(|newest| *newest);
+    if let Some(newest) = newest {
+        inner.give_up(newest).await;
     }
 }
 
@@ -128,4 +148,17 @@ fn publish(inner: &Inner) {
         }
         changed
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::state::LEASE_MIN;
+    use super::*;
+
+    #[test]
+    fn r1_a_short_lease_is_renewed_before_it_is_over() {
+        let wanted = Duration::from_millis(400);
+        assert_eq!(renewal_pause(wanted, Duration::from_millis(1500)), wanted);
+        assert!(renewal_pause(wanted, LEASE_MIN) * 2 < LEASE_MIN);
+    }
 }

@@ -120,7 +120,7 @@ async fn connection(served: Arc<Served>, mut stream: Box<dyn Stream>, from: Stri
         };
         activity.store(BUSY, Ordering::Relaxed);
         let body = handle(inner, request).await;
-        let useful = !matches!(body, ReplyBody::Refused(_) | ReplyBody::Identity);
+        let useful = !matches!(body, ReplyBody::Refused(_) | ReplyBody::Identity | ReplyBody::Outdated(_));
         let now = if useful { served.answered.fetch_add(1, Ordering::Relaxed) } else { 0 };
         // After handling: this node may have adopted its cluster just now.
         let reply = Reply { from: inner.peers.me(), body };
@@ -147,7 +147,11 @@ async fn handle(inner: &Arc<Inner>, request: Request) -> ReplyBody {
         }
         Err(why) => {
             tracing::warn!(node = inner.me.0, from = request.from.node.0, why, "refused a control request");
-            return ReplyBody::Refused(why);
+            let same_cluster = receiver.me.cluster.is_some() && receiver.me.cluster == request.from.cluster;
+            return match rpc::newer_run(&state, &request.from) {
+                Some(newest) if same_cluster => ReplyBody::Outdated(newest),
+                _ => ReplyBody::Refused(why),
+            };
         }
     }
     match request.body {

@@ -365,6 +365,39 @@ async fn r13_a_node_that_lost_its_disk_is_refused_and_added_under_a_new_id() {
     g.kill(4).await;
 }
 
+/// Counting on from an old copy, the run would be newer than the last one that registered, some starts later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r13_a_directory_that_was_restored_whole_is_refused_for_good() {
+    let mut g = Group::new().await;
+    let dir = g.dirs[2].path().to_owned();
+    g.kill(3).await;
+    let copy = |name: &str| std::fs::read(dir.join(name)).unwrap();
+    let old = ["control.redb", "boot"].map(|name| (name, copy(name)));
+    for _ in 0..2 {
+        g.start(3).await;
+        let run = g.node(3).incarnation();
+        g.wait(1, "the new run", |s| s.newest(NodeId(3)) == Some(run)).await;
+        g.kill(3).await;
+    }
+    let newest = g.node(1).cluster_state().borrow().newest(NodeId(3)).unwrap();
+    for (name, bytes) in &old {
+        std::fs::write(dir.join(name), bytes).unwrap();
+    }
+    g.start(3).await;
+    assert!(g.node(3).incarnation().boot < newest.boot);
+    let mut failed = g.node(3).failed();
+    let failed = tokio::time::timeout(Duration::from_secs(20), failed.wait_for(Option::is_some)).await;
+    assert!(failed.unwrap().unwrap().as_deref().unwrap().contains("rolled back or copied"));
+    g.kill(3).await;
+    for _ in 0..3 {
+        let refused = start(g.options(3), boot_time).await;
+        assert!(matches!(refused, Err(ControlError::Outdated { newest: known, .. }) if known == newest));
+    }
+    assert_eq!(g.node(1).cluster_state().borrow().newest(NodeId(3)), Some(newest));
+    g.kill(1).await;
+    g.kill(2).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_quorum_nothing_is_promoted_and_no_lease_is_renewed() {
     let mut g = Group::new().await;

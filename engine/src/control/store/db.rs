@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use std::ops::RangeBounds;
 use thiserror::Error;
 
-use crate::types::ClusterId;
+use crate::types::{ClusterId, Incarnation};
 
 use super::super::codec::{self, CodecError};
 use super::super::raft::{Entry, LogId, SnapshotMeta, StoredMembership, Vote};
@@ -22,6 +22,7 @@ const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
 const IDENTITY: &str = "identity";
 const IDENTITY_BEFORE: &str = "identity-before";
 const BOOT: &str = "boot";
+const OUTDATED: &str = "outdated";
 const CLUSTER: &str = "cluster";
 const VOTE: &str = "vote";
 const COMMITTED: &str = "committed";
@@ -155,6 +156,17 @@ impl Db {
 
     pub(in super::super) fn set_boot(&self, boot: u64) -> Result<(), DbError> {
         self.put(Durability::Immediate, BOOT, &boot)
+    }
+
+    /// The newer run of this store that the cluster knows, if one was ever heard of.
+    pub(in super::super) fn outdated(&self) -> Result<Option<Incarnation>, DbError> {
+        self.get(OUTDATED)
+    }
+
+    /// Remembers for good that this store was rolled back or copied: counting more starts must not make it
+    /// credible again [R13].
+    pub(in super::super) fn set_outdated(&self, newest: Incarnation) -> Result<(), DbError> {
+        self.put(Durability::Immediate, OUTDATED, &newest)
     }
 
     pub(in super::super) fn cluster(&self) -> Result<Option<ClusterId>, DbError> {
@@ -298,6 +310,7 @@ impl Db {
             txn.open_table(LOG)?.retain(|_, _| false)?;
             let mut meta = txn.open_table(META)?;
             meta.remove(SNAPSHOT)?;
+            meta.remove(OUTDATED)?;
             for (key, bytes) in &values {
                 meta.insert(*key, bytes.as_slice())?;
             }

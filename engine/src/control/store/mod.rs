@@ -133,6 +133,9 @@ pub(super) fn open(env: &dyn Environment, dir: &Path, me: NodeId) -> Result<Open
     let (db, identity, boot) = open_uncounted(env, dir, me)?;
     let path = store_path(env, dir);
     let damaged = |e: db::DbError| ControlError::Damaged { path: path.clone(), what: e.to_string() };
+    if let Some(newest) = db.outdated().map_err(damaged)? {
+        return Err(ControlError::Outdated { path, newest });
+    }
     let boot = boot.checked_add(1).ok_or_else(|| damaged(db::DbError::Value("boot counter".into())))?;
     // The store first: if the process dies in between, the file is behind, which is harmless.
     db.set_boot(boot).map_err(damaged)?;

@@ -413,6 +413,32 @@ fn r21_only_the_newest_write_of_a_block_clears_its_bit() {
 }
 
 #[test]
+fn without_a_fault_every_write_is_answered_and_nobody_leaves() {
+    let mut world = two();
+    let epoch = world.config.epoch;
+    for n in 0..150 {
+        world.write(node(1), n % 32, false);
+        world.run(1);
+        assert_eq!(world.waiting(node(1)), 0, "write {n}");
+    }
+    assert_eq!(world.config.epoch, epoch);
+    world.converge();
+}
+
+#[test]
+fn whoever_has_joined_again_stays_secondary() {
+    let mut world = two();
+    world.crash(node(1));
+    fail_over(&mut world);
+    assert_eq!(world.serving(), Some(node(2)));
+    world.start(node(1));
+    world.run(100);
+    assert!(world.all_in_sync(), "{:#?}", world.summary());
+    assert_eq!(world.serving(), Some(node(2)), "no rule moves the role back");
+    world.converge();
+}
+
+#[test]
 fn r22_a_region_set_again_while_its_clear_is_written_is_durable_again_first() {
     let mut world = two();
     world.write(node(1), 3, false);
