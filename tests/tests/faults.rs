@@ -56,7 +56,8 @@ fn round(name: &str, faults: &mut Faults<'_>, verifiers: &mut [Verifier; 2]) -> 
     let healed = faults.heal()?;
     load.wait_progress(100, FAILOVER_LIMIT)?;
     partial_load.wait_progress(50, FAILOVER_LIMIT)?;
-    let before = faults.wait_in_sync()?.primary.ok_or_else(|| anyhow!("no primary"))?;
+    let before = faults.cluster().wait_primary(FAILOVER_LIMIT)?;
+    faults.wait_in_sync()?;
     load.wait_progress(100, FAILOVER_LIMIT)?;
     let (report, partial_report) = (load.stop()?, partial_load.stop()?);
     whole.verify()?;
@@ -104,7 +105,12 @@ fn run(name: &str, part: u32, disks: bool, make: impl FnOnce(u64) -> Result<(Are
 
 #[test]
 fn links_and_processes() {
-    run("faults_links", 7, false, Arena::with_links);
+    run("faults_links", 6, false, Arena::with_links);
+}
+
+#[test]
+fn three_replicas() {
+    run("faults_three", 3, false, Arena::with_three);
 }
 
 #[test]
@@ -115,7 +121,7 @@ fn hosts_and_processes() {
         return;
     }
     // A thread of its own: it moves into a network namespace and does not come back.
-    let moved = std::thread::spawn(move || run(name, 4, false, |_| Arena::with_hosts()));
+    let moved = std::thread::spawn(move || run(name, 3, false, |_| Arena::with_hosts()));
     if let Err(panic) = moved.join() {
         std::panic::resume_unwind(panic);
     }
@@ -126,6 +132,6 @@ fn disks_and_processes() {
     let name = "faults_disks";
     match Arena::no_disks() {
         Some(reason) => skipped(name, &reason),
-        None => run(name, 4, true, Arena::with_disks),
+        None => run(name, 3, true, Arena::with_disks),
     }
 }

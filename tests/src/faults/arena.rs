@@ -25,7 +25,7 @@ use crate::proxy::{Proxy, Traffic};
 pub const SIZE: u64 = 64 << 20;
 /// Lease of the clusters: short, so that many failovers fit into a round.
 const LEASE_MS: u64 = 500;
-/// Who dials for the replicas' session: of two data nodes the one with the lower id.
+/// Who dials for the sessions of replicas: the one with the lower id, so the first is dialed by nobody.
 const DIALER: &str = "n1";
 /// Room of the file system in memory: more than the volume, so that it is full only when filled.
 const TMPFS_LEN: u64 = 96 << 20;
@@ -57,14 +57,32 @@ fn options() -> ClusterOptions {
     ClusterOptions { lease_ms: Some(LEASE_MS), ..ClusterOptions::by_hand(SIZE, 2) }
 }
 
+/// Three replicas and no witness.
+fn three() -> ClusterOptions {
+    ClusterOptions { data_nodes: 3, witness: false, ..options() }
+}
+
 impl Arena {
-    /// Nodes on loopback with a proxy on every link: control each way, sessions of replicas, clients.
+    /// Two replicas and a witness on loopback with a proxy on every link: control each way, sessions of
+    /// replicas, clients.
     ///
     /// # Errors
     /// Where a step fails.
     pub fn with_links(seed: u64) -> Result<(Self, Cluster)> {
+        Self::linked(options(), seed)
+    }
+
+    /// The same with three replicas. The sessions to the third share a proxy.
+    ///
+    /// # Errors
+    /// Where a step fails.
+    pub fn with_three(seed: u64) -> Result<(Self, Cluster)> {
+        Self::linked(three(), seed)
+    }
+
+    fn linked(options: ClusterOptions, seed: u64) -> Result<(Self, Cluster)> {
         let mut arena = Self::default();
-        let cluster = Cluster::prepare_wired(options(), |plans| {
+        let cluster = Cluster::prepare_wired(options, |plans| {
             arena.links = proxies(plans, seed)?;
             Ok(())
         })?;
