@@ -144,8 +144,8 @@ impl Replica {
         };
         let idle_nanos = if drain { 0 } else { u64::try_from(INTENT_IDLE.as_nanos()).unwrap_or(u64::MAX) };
         let idle_before = crate::types::Nanos(self.now.0.saturating_sub(idle_nanos));
-        // As a full map blocks writers, make room in larger steps than one.
-        let keep_max = max - max / 4;
+        // As a full map blocks writers, make room, in larger steps than one where the map is not tiny.
+        let keep_max = max.saturating_sub((max / 4).max(1));
         let missing = self.missing_slots();
         self.intents.clear_idle(&mut self.store, stable, idle_before, keep_max, |store, blocks| {
             missing.iter().flat_map(|slot| store.save_dirty(*slot, blocks)).collect()

@@ -174,7 +174,9 @@ impl Replica {
             was_clean,
             same_os_boot,
             writes_acked: 0,
-            next_proposal: ProposalId(1),
+            // A replica may be opened more than once in a run of the process (it was made anew), and the control
+            // plane takes a known id for a retry: it would answer with the fate of the older proposal.
+            next_proposal: ProposalId(boot.now.0.max(1)),
             next_request: 1,
             next_tick: boot.now,
             out: VecDeque::new(),
