@@ -24,6 +24,7 @@ mod drive;
 mod fault;
 mod faults;
 mod history;
+pub mod lockstep;
 mod net;
 mod node;
 mod operator;
