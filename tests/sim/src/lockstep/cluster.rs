@@ -254,7 +254,8 @@ impl Cluster {
             let process = &m.run.as_ref()?.process;
             if process.is_ready() { Some(self.now.get()) } else { process.next_timer() }
         });
-        processes.chain(self.net.next_event()).min()
+        // A process that was paused is late with its timers.
+        processes.chain(self.net.next_event()).min().map(|at| at.max(self.now.get()))
     }
 
     fn mix(&mut self, value: u64) {
@@ -268,8 +269,7 @@ impl Cluster {
 
     /// Does the next event, if it comes before `until`; else lets time go on to there.
     pub(crate) fn step(&mut self, until: Time) -> Stepped {
-        let next = self.next_event().map(|at| at.max(self.now.get()));
-        let Some(next) = next.filter(|at| *at <= until) else {
+        let Some(next) = self.next_event().filter(|at| *at <= until) else {
             self.now.set(until);
             return Stepped::Idle;
         };

@@ -404,7 +404,8 @@ impl ControlPlane for Real {
             return self.cluster.now.get();
         }
         let todo = self.todo.first().map(|(at, ..)| *at);
-        self.cluster.next_event().into_iter().chain(todo).min().unwrap_or(NEVER)
+        let next = self.cluster.next_event().into_iter().chain(todo).min();
+        next.map_or(NEVER, |at| at.max(self.cluster.now.get()))
     }
 
     fn advance(&mut self, to: Time) {
