@@ -93,14 +93,14 @@ pub(crate) struct Cluster {
     pub(crate) hash: u64,
     pub(crate) events: u64,
     /// Takes the state after every entry that any node applies.
-    pub(crate) tap: Option<Tap>,
+    tap: Tap,
 }
 
 impl Cluster {
     pub(crate) fn new(setup: Setup, now: Now, mut rng: Rng) -> Self {
         let net = Net::new(now.clone(), rng.fork());
         let hash = 0xcbf2_9ce4_8422_2325;
-        Self { setup, now, net, machines: BTreeMap::new(), rng, hash, events: 0, tap: None }
+        Self { setup, now, net, machines: BTreeMap::new(), rng, hash, events: 0, tap: Tap::default() }
     }
 
     /// Adds a machine with an initialised store.
@@ -156,7 +156,7 @@ impl Cluster {
             disk: machine.disk.clone(),
             slow: machine.slow_disk,
             nonce: Mutex::new(machine.nonce),
-            tap: self.tap.clone(),
+            tap: Arc::clone(&self.tap),
         }
     }
 
@@ -256,6 +256,11 @@ impl Cluster {
         });
         // A process that was paused is late with its timers.
         processes.chain(self.net.next_event()).min().map(|at| at.max(self.now.get()))
+    }
+
+    /// What was applied since the last call: who, and the state after the entry.
+    pub(crate) fn take_applied(&self) -> Vec<(u64, Arc<ClusterState>)> {
+        std::mem::take(&mut *lock(&self.tap))
     }
 
     fn mix(&mut self, value: u64) {

@@ -15,8 +15,8 @@ use super::disk::Disk;
 use super::host::{Process, lock};
 use super::net::Net;
 
-/// Takes states.
-pub(crate) type Tap = Arc<Mutex<Vec<Arc<ClusterState>>>>;
+/// Takes what nodes apply: who, and the state after the entry.
+pub(crate) type Tap = Arc<Mutex<Vec<(u64, Arc<ClusterState>)>>>;
 
 /// The environment of one process.
 pub(crate) struct SimEnv {
@@ -28,7 +28,7 @@ pub(crate) struct SimEnv {
     pub(crate) slow: u64,
     /// What the first random number is, which names the run.
     pub(crate) nonce: Mutex<Option<u64>>,
-    pub(crate) tap: Option<Tap>,
+    pub(crate) tap: Tap,
 }
 
 impl Environment for SimEnv {
@@ -66,9 +66,7 @@ impl Environment for SimEnv {
     }
 
     fn applied(&self, state: &ClusterState) {
-        if let Some(tap) = &self.tap {
-            lock(tap).push(Arc::new(state.clone()));
-        }
+        lock(&self.tap).push((self.node, Arc::new(state.clone())));
     }
 }
 

@@ -132,7 +132,6 @@ impl Real {
             founded
         });
         let mut cluster = Cluster::new(setup(data, lease), Now::default(), rng.fork());
-        cluster.tap = Some(Arc::default());
         for (id, image, store) in founded.images {
             cluster.add_with(id, Clock::new(0, S, 0), image, store);
         }
@@ -244,8 +243,7 @@ impl Real {
             self.out.push_back(ControlOutput::Refused { node: NodeId(id), reason });
         }
         let after: Vec<u64> = self.cluster.ups().map(|(m, _)| m.id).collect();
-        let tapped = self.cluster.tap.as_ref().map(|tap| std::mem::take(&mut *lock(tap))).unwrap_or_default();
-        for state in tapped {
+        for (_, state) in self.cluster.take_applied() {
             if state.applied > self.committed.applied {
                 self.committed = Arc::clone(&state);
                 self.out.push_back(ControlOutput::Committed { state });
