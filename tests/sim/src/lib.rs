@@ -41,4 +41,4 @@ mod world;
 pub use fault::{FaultKind, FaultSet};
 pub use options::{OPS_DEFAULT, Options, Scenario};
 pub use outcome::{Invariant, Outcome, Stats, Violation};
-pub use runner::run;
+pub use runner::{run, run_lockstep};

@@ -56,6 +56,12 @@ impl Checks {
             return broken("applied", format!("node {node} applied {last} and shows {index} now"));
         }
         *last = index;
+        self.applied_entry(node, state)
+    }
+
+    /// A node applied an entry, and this is the state after it. It may not be durable there yet.
+    pub(crate) fn applied_entry(&mut self, node: u64, state: &Arc<ClusterState>) -> Result<(), Broken> {
+        let (Some(cluster), index) = (state.cluster, state.applied) else { return Ok(()) };
         let hash = hash_of(state);
         if let Some((known, _)) = self.states.get(&(cluster, index)) {
             self.compared += 1;

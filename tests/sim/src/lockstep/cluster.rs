@@ -20,8 +20,8 @@ use tokio::sync::watch;
 use crate::clock::{Clock, Time};
 use crate::rng::Rng;
 
-use super::disk::Disk;
-use super::env::SimEnv;
+use super::disk::{Disk, Image};
+use super::env::{SimEnv, Tap};
 use super::host::{Now, Process, lock};
 use super::net::{Net, addr_of};
 
@@ -57,6 +57,8 @@ pub(crate) struct Machine {
     pub(crate) paused: bool,
     pub(crate) slow_disk: u64,
     pub(crate) store: StoreId,
+    /// The random part of the next run, if somebody outside has drawn it.
+    pub(crate) nonce: Option<u64>,
 }
 
 /// How the nodes are set up.
@@ -90,13 +92,15 @@ pub(crate) struct Cluster {
     pub(crate) rng: Rng,
     pub(crate) hash: u64,
     pub(crate) events: u64,
+    /// Takes the state after every entry that any node applies.
+    tap: Tap,
 }
 
 impl Cluster {
     pub(crate) fn new(setup: Setup, now: Now, mut rng: Rng) -> Self {
         let net = Net::new(now.clone(), rng.fork());
         let hash = 0xcbf2_9ce4_8422_2325;
-        Self { setup, now, net, machines: BTreeMap::new(), rng, hash, events: 0 }
+        Self { setup, now, net, machines: BTreeMap::new(), rng, hash, events: 0, tap: Tap::default() }
     }
 
     /// Adds a machine with an initialised store.
@@ -112,10 +116,29 @@ impl Cluster {
             paused: false,
             slow_disk: 0,
             store: StoreId::default(),
+            nonce: None,
         };
         let env = self.env(&machine);
         machine.store = init_in(&env, Path::new("/sim"), NodeId(id)).expect("a new disk takes a store");
         machine.disk.drop_process();
+        self.machines.insert(id, machine);
+    }
+
+    /// Adds a machine with a disk that was taken elsewhere.
+    pub(crate) fn add_with(&mut self, id: u64, clock: Clock, image: Image, store: StoreId) {
+        let disk = Disk::default();
+        disk.restore(image);
+        let machine = Machine {
+            id,
+            disk,
+            clock,
+            os_boot: 0,
+            run: None,
+            paused: false,
+            slow_disk: 0,
+            store,
+            nonce: None,
+        };
         self.machines.insert(id, machine);
     }
 
@@ -132,6 +155,8 @@ impl Cluster {
             net: self.net.clone(),
             disk: machine.disk.clone(),
             slow: machine.slow_disk,
+            nonce: Mutex::new(machine.nonce),
+            tap: Arc::clone(&self.tap),
         }
     }
 
@@ -229,7 +254,13 @@ impl Cluster {
             let process = &m.run.as_ref()?.process;
             if process.is_ready() { Some(self.now.get()) } else { process.next_timer() }
         });
-        processes.chain(self.net.next_event()).min()
+        // A process that was paused is late with its timers.
+        processes.chain(self.net.next_event()).min().map(|at| at.max(self.now.get()))
+    }
+
+    /// What was applied since the last call: who, and the state after the entry.
+    pub(crate) fn take_applied(&self) -> Vec<(u64, Arc<ClusterState>)> {
+        std::mem::take(&mut *lock(&self.tap))
     }
 
     fn mix(&mut self, value: u64) {
@@ -243,8 +274,7 @@ impl Cluster {
 
     /// Does the next event, if it comes before `until`; else lets time go on to there.
     pub(crate) fn step(&mut self, until: Time) -> Stepped {
-        let next = self.next_event().map(|at| at.max(self.now.get()));
-        let Some(next) = next.filter(|at| *at <= until) else {
+        let Some(next) = self.next_event().filter(|at| *at <= until) else {
             self.now.set(until);
             return Stepped::Idle;
         };

@@ -261,6 +261,11 @@ impl<'t> World<'t> {
         for (id, why) in self.cluster.look() {
             self.ended(id, &why)?;
         }
+        for (id, state) in self.cluster.take_applied() {
+            if Some(id) != self.outcast {
+                self.checks.applied_entry(id, &state)?;
+            }
+        }
         let changed: Vec<(u64, Arc<ClusterState>)> = self
             .cluster
             .machines

@@ -3,17 +3,20 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use blkrepl_engine::control::{Environment, Listener, Pending, StoreDir, StoreWorker, Stream};
+use blkrepl_engine::control::{ClusterState, Environment, Listener, Pending, StoreDir, StoreWorker, Stream};
 use blkrepl_engine::types::Nanos;
 
 use crate::clock::{MS, Time, US};
 use crate::rng::Rng;
 
 use super::disk::Disk;
-use super::host::Process;
+use super::host::{Process, lock};
 use super::net::Net;
+
+/// Takes what nodes apply: who, and the state after the entry.
+pub(crate) type Tap = Arc<Mutex<Vec<(u64, Arc<ClusterState>)>>>;
 
 /// The environment of one process.
 pub(crate) struct SimEnv {
@@ -23,6 +26,9 @@ pub(crate) struct SimEnv {
     pub(crate) disk: Disk,
     /// How slow the disk is at times, per thousand jobs.
     pub(crate) slow: u64,
+    /// What the first random number is, which names the run.
+    pub(crate) nonce: Mutex<Option<u64>>,
+    pub(crate) tap: Tap,
 }
 
 impl Environment for SimEnv {
@@ -32,7 +38,9 @@ impl Environment for SimEnv {
 
     fn random(&self) -> io::Result<u128> {
         let high = self.process.draw(Rng::next);
-        Ok(u128::from(high) << 64 | u128::from(self.process.draw(Rng::next)))
+        let given = lock(&self.nonce).take();
+        let low = given.unwrap_or_else(|| self.process.draw(Rng::next));
+        Ok(u128::from(high) << 64 | u128::from(low))
     }
 
     fn connect(&self, addr: String) -> Pending<'static, io::Result<Box<dyn Stream>>> {
@@ -55,6 +63,10 @@ impl Environment for SimEnv {
             process.pause(taken)
         }));
         Ok(())
+    }
+
+    fn applied(&self, state: &ClusterState) {
+        lock(&self.tap).push((self.node, Arc::new(state.clone())));
     }
 }
 

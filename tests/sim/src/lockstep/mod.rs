@@ -18,9 +18,12 @@ mod env;
 mod host;
 mod net;
 mod plan;
+mod real;
 #[cfg(test)]
 mod recovery;
 mod stub;
+
+pub(crate) use real::Real;
 
 #[cfg(test)]
 mod tests {
