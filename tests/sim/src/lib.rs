@@ -24,6 +24,7 @@ mod drive;
 mod fault;
 mod faults;
 mod history;
+mod minimise;
 mod net;
 mod node;
 mod operator;
@@ -38,6 +39,7 @@ mod trace;
 mod world;
 
 pub use fault::{FaultKind, FaultSet};
+pub use minimise::minimise;
 pub use options::{OPS_DEFAULT, Options, Scenario};
-pub use outcome::{Invariant, Outcome, Stats, Violation};
+pub use outcome::{COVERAGE_KNOWN, Invariant, Outcome, Stats, Violation};
 pub use runner::run;
