@@ -16,6 +16,7 @@ use crate::control::Disturbance;
 use crate::fault::FaultKind;
 use crate::net::Damage;
 use crate::node::Phase;
+use crate::operator::Force;
 use crate::outcome::Invariant;
 use crate::rng::Rng;
 use crate::world::{Event, NodeEvent, Stage, VOLUME, World};
@@ -85,8 +86,8 @@ impl World {
                 }
                 begun
             }
-            K::Promote => self.ask_promote(id, false),
-            K::Force => self.ask_promote(id, true),
+            K::Promote => self.ask_promote(id, Force::No),
+            K::Force => self.ask_promote(id, Force::Yes),
             K::Recreate => self.may_lose_copy(id) && self.ask_recreate(id),
             K::Election | K::SlowControl | K::StaleView | K::LostCommand | K::DoubledCommand => {
                 self.disturb_control(kind, rng);
@@ -434,7 +435,7 @@ impl World {
             let mut able: Vec<NodeId> = v.in_sync.iter().map(|m| m.node).collect();
             let n = at(self.rng.below(able.len() as u64));
             able.rotate_left(n);
-            let _promoted = able.into_iter().any(|id| self.ask_promote(id, false));
+            let _promoted = able.into_iter().any(|id| self.ask_promote(id, Force::No));
         }
         for id in self.ids().collect::<Vec<_>>() {
             if matches!(self.node_ref(id).phase, Phase::Unusable(_)) {
@@ -483,15 +484,16 @@ impl World {
         if self.ids().any(|id| self.serves_now(id)) || self.now < self.served_at + FORCE_AFTER {
             return;
         }
-        // A copy whose superblock lost its second copy, and does not match the config, is not believed [R16].
+        // A copy whose superblock lost its second copy, and does not match the config, is not believed [R16];
+        // nor is one that lost power before it could note that it had joined [R6].
         let doubtful = |m: &&Member| {
             let report = self.node_ref(m.node).replica.as_ref().map(Replica::report);
-            report.is_some_and(|r| r.trust != SuperblockTrust::Sound)
+            report.is_some_and(|r| r.trust != SuperblockTrust::Sound || r.inconsistent)
         };
         let doubted: Vec<NodeId> = v.in_sync.iter().filter(doubtful).map(|m| m.node).collect();
         if !doubted.is_empty() {
             self.stats.saw("forced for a doubtful superblock");
-            let _asked = doubted.into_iter().any(|id| self.ask_promote(id, true));
+            let _asked = doubted.into_iter().any(|id| self.ask_promote(id, Force::AlsoInconsistent));
             return;
         }
         let content_left = v.in_sync.iter().any(|m| {
@@ -505,6 +507,6 @@ impl World {
         if candidates.is_empty() {
             self.broke(Invariant::Liveness, "every member's copy is gone: the atlas let it happen".into());
         }
-        let _asked = candidates.into_iter().any(|id| self.ask_promote(id, true));
+        let _asked = candidates.into_iter().any(|id| self.ask_promote(id, Force::Yes));
     }
 }
