@@ -176,8 +176,8 @@ impl Replica {
     }
 
     fn op_granted(&mut self, id: OpId) {
-        let Some(primary) = &self.primary else { return };
-        let op = &primary.ops[&id];
+        // A request that is being thrown away may still be let in by one that was thrown away before it.
+        let Some(op) = self.primary.as_ref().and_then(|p| p.ops.get(&id)) else { return };
         match (op.stage, op.request.op) {
             (Stage::Repair, _) => self.ask_for_repair(id),
             (_, ClientOp::Read) => self.begin_read(id),
