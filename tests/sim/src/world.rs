@@ -19,6 +19,7 @@ use crate::control::{ControlOutput, ControlPlane, Model};
 use crate::disk::Disk;
 use crate::fault::{FaultKind, Strike};
 use crate::history::History;
+use crate::lockstep::Real;
 use crate::net::{Conn, Link};
 use crate::node::{Mail, Node, Phase};
 use crate::operator::Operator;
@@ -192,6 +193,14 @@ impl World {
         Self::around(control, rng, shape, options)
     }
 
+    /// A world around the control plane of production.
+    pub(crate) fn lockstep(seed: u64, options: &Options) -> Self {
+        let mut rng = Rng::new(seed);
+        let shape = Shape::draw(&mut rng, options);
+        let control = Box::new(Real::new(rng.fork(), shape.data, shape.lease));
+        Self::around(control, rng, shape, options)
+    }
+
     /// A world around any control plane.
     pub(crate) fn around(
         control: Box<dyn ControlPlane>,
@@ -210,12 +219,14 @@ impl World {
             let clock = Clock::new(0, rng.between(1, 900) * S, if drifts { drawn } else { 0 });
             let disk =
                 Disk::blank(shape.geometry, VOLUME, DataIdentity([u8::try_from(id).expect("few nodes"); 32]));
-            nodes.push(Node::new(NodeId(id), clock, disk));
+            let mut node = Node::new(NodeId(id), clock, disk);
+            node.incarnation.boot = control.boots();
+            nodes.push(node);
         }
         let links = at(shape.data + 2);
         let sectors = shape.geometry.blocks() * SECTORS;
         let clients = (0..shape.clients).map(|_| Client::new(shape.data, &mut rng)).collect();
-        let committed = control.committed();
+        let (committed, boots) = (control.committed(), control.boots());
         let mut world = Self {
             now: 0,
             options: options.clone(),
@@ -225,7 +236,7 @@ impl World {
             committed,
             nodes,
             witness_up: false,
-            witness_boot: 0,
+            witness_boot: boots,
             conns: Vec::new(),
             links: vec![Link::default(); links * links],
             clients,
