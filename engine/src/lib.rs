@@ -4,18 +4,20 @@
 //! they may depend on each other (a module may use those to its right, never to its left):
 //!
 //! ```text
-//! reactor -> replica -> { meta, wire } -> types
+//! reactor -> replica -> meta -> wire -> types
 //! control ------------------------------> types
 //! ```
 //!
 //! `control` stands beside `replica`; they meet only in the plain data of [`types`]
-//! ([`types::ConfigView`], [`types::Proposal`]). Built without the features `control` and `reactor`
-//! the crate holds the sans-IO core alone: no clock, no socket, no file, no thread, no randomness.
+//! ([`types::ConfigView`], [`types::Proposal`]). Any module may ask [`mutation`], which is constant in
+//! production. Built without the features `control` and `reactor` the crate holds the sans-IO core alone:
+//! no clock, no socket, no file, no thread, no randomness.
 
 // Rule tags such as [R7] are references to the design, not links.
 #![allow(rustdoc::broken_intra_doc_links)]
 
 pub mod meta;
+pub mod mutation;
 pub mod replica;
 pub mod types;
 pub mod wire;

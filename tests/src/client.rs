@@ -93,7 +93,11 @@ impl Link {
         let uri: NbdUri = uri.parse().map_err(|e| LinkError::Refused(format!("{e}")))?;
         let options = ClientOptions { connect_timeout: limit, io_timeout: CALL_LIMIT };
         match NbdClient::connect(&uri, options) {
-            Ok(client) => Ok(Self { client }),
+            Ok(client) => {
+                // Given up, it is reset: what the network did not carry yet must not arrive after a replay.
+                let _ = rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO));
+                Ok(Self { client })
+            }
             Err(NbdError::Refused { kind: RefusalKind::Policy, message }) => {
                 Err(LinkError::NotPrimary(message))
             }

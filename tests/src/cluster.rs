@@ -11,7 +11,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -19,6 +19,8 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::binary::blkrepl;
+use crate::netns::NetNs;
+use crate::plan::{self, NodePlan};
 use crate::proc::{self, Finished, Proc};
 use crate::status::{ClusterFile, NodeEntry, Status, VolumeStatus};
 use crate::wait::{wait_for, wait_until};
@@ -100,6 +102,8 @@ pub struct Cluster {
     supervisor: Option<Proc>,
     children: BTreeMap<String, Proc>,
     entries: Vec<NodeEntry>,
+    /// Network namespaces of nodes that do not run in ours.
+    netns: BTreeMap<String, Arc<NetNs>>,
     // Removed last, after every process is gone.
     _temp: TempDir,
     _slot: MutexGuard<'static, ()>,
@@ -121,6 +125,18 @@ impl Cluster {
     /// # Errors
     /// Where the directory cannot be made.
     pub fn prepare(options: ClusterOptions) -> Result<Self> {
+        Self::prepare_wired(options, |_| Ok(()))
+    }
+
+    /// The same, with a last word on where the nodes listen, how they reach each other and where they run
+    /// (by hand only).
+    ///
+    /// # Errors
+    /// As [`Self::prepare`], and what `wire` returns.
+    pub fn prepare_wired(
+        options: ClusterOptions,
+        wire: impl FnOnce(&mut [NodePlan]) -> Result<()>,
+    ) -> Result<Self> {
         let slot = SLOT.lock().unwrap_or_else(PoisonError::into_inner);
         let temp = scratch_dir()?;
         let dir = temp.path().canonicalize().context("resolve the scratch directory")?;
@@ -131,11 +147,12 @@ impl Cluster {
             supervisor: None,
             children: BTreeMap::new(),
             entries: Vec::new(),
+            netns: BTreeMap::new(),
             _temp: temp,
             _slot: slot,
         };
         if cluster.options.by_hand {
-            cluster.write_configs()?;
+            cluster.write_configs(wire)?;
         }
         Ok(cluster)
     }
@@ -234,6 +251,14 @@ impl Cluster {
     /// As [`Self::nodes`].
     pub fn targets(&self) -> Result<Vec<String>> {
         self.data_nodes()?.iter().map(|n| n.unix().map(str::to_owned)).collect()
+    }
+
+    /// NBD addresses over TCP of all data nodes.
+    ///
+    /// # Errors
+    /// As [`Self::nodes`].
+    pub fn tcp_targets(&self) -> Result<Vec<String>> {
+        self.data_nodes()?.iter().map(|n| n.tcp().map(str::to_owned)).collect()
     }
 
     /// Runs `blkrepl --admin SOCKET ARGS` against a node.
@@ -369,6 +394,13 @@ impl Cluster {
     /// # Errors
     /// If it does not run.
     pub fn signal(&mut self, node: &str, signal: Signal) -> Result<()> {
+        if let Some(child) = self.children.get_mut(node) {
+            // Ours until it is reaped, so the pid is its own, also before it has called exec.
+            if let Some(status) = child.exited()? {
+                bail!("{node} has ended by itself ({status}): {}", proc::tail(&child.output()));
+            }
+            return child.signal(signal);
+        }
         let entry = self.node(node)?;
         let pid = self.pid(&entry).ok_or_else(|| anyhow!("{node} has no pid"))?;
         proc::signal_pid(pid, &needle(&entry), signal).with_context(|| format!("signal {node}"))
@@ -403,7 +435,11 @@ impl Cluster {
         self.wait_gone(node)
     }
 
-    fn wait_gone(&mut self, node: &str) -> Result<()> {
+    /// Waits until a node that got its signal is gone.
+    ///
+    /// # Errors
+    /// After [`STOP_LIMIT`].
+    pub fn wait_gone(&mut self, node: &str) -> Result<()> {
         if let Some(mut child) = self.children.remove(node) {
             child.wait(STOP_LIMIT)?;
             return Ok(());
@@ -543,7 +579,10 @@ impl Cluster {
     fn spawn_serve(&mut self, entry: &NodeEntry, mut command: Command) -> Result<u32> {
         let log = self.log_path(&entry.name);
         command.arg("serve").arg("--config").arg(&entry.config);
-        let child = Proc::spawn(&entry.name, &mut command, &log)?;
+        let child = match self.netns.get(&entry.name) {
+            Some(netns) => netns.within(|| Proc::spawn(&entry.name, &mut command, &log))?,
+            None => Proc::spawn(&entry.name, &mut command, &log)?,
+        };
         let pid = child.pid();
         self.children.insert(entry.name.clone(), child);
         Ok(pid)
@@ -574,121 +613,36 @@ impl Cluster {
         })
     }
 
-    fn write_configs(&mut self) -> Result<()> {
+    fn write_configs(&mut self, wire: impl FnOnce(&mut [NodePlan]) -> Result<()>) -> Result<()> {
         let data_nodes = self.options.data_nodes;
         let count = data_nodes + u64::from(self.options.witness);
-        let mut ports = free_ports(usize::try_from(count)? * 3)?.into_iter();
-        let mut port = || ports.next().ok_or_else(|| anyhow!("no port left"));
+        let ports = free_ports(usize::try_from(count)? * 3)?;
         let mut plans = Vec::new();
-        for id in 1..=count {
-            let name = format!("n{id}");
-            let dir = self.dir.join(&name);
+        for (id, ports) in (1..=count).zip(ports.chunks_exact(3)) {
+            let dir = self.dir.join(format!("n{id}"));
             fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
-            plans.push(Plan {
-                id,
-                data: id <= data_nodes,
-                name,
-                dir,
-                control: port()?,
-                peer: port()?,
-                nbd: port()?,
-            });
+            let mut plan = NodePlan::new(id, id <= data_nodes, dir, [ports[0], ports[1], ports[2]]);
+            plan.data_path = self.options.data_paths.get(&plan.name).cloned();
+            plans.push(plan);
         }
-        let founders: String = plans.iter().map(Plan::founder).collect();
+        wire(&mut plans)?;
+        let timing = plan::timing(self.options.lease_ms);
         for plan in &plans {
-            let mut entry = plan.entry(&self.volume);
-            let mut text = format!("{}{}{founders}", plan.own(), self.timing());
-            if let Some(data) = self.options.data_paths.get(&plan.name) {
-                text += &format!("[volume.{}]\ndata = \"{}\"\n", self.volume, data.display());
-                entry.data = Some(data.clone());
-            }
+            let entry = plan.entry(&self.volume);
+            let text = plan.config(&plans, &timing, &self.volume);
             fs::write(&entry.config, text).with_context(|| format!("write {}", entry.config.display()))?;
             self.entries.push(entry);
+            if let Some(netns) = &plan.netns {
+                self.netns.insert(plan.name.clone(), Arc::clone(netns));
+            }
         }
         Ok(())
-    }
-
-    fn timing(&self) -> String {
-        let Some(lease) = self.options.lease_ms else {
-            return String::new();
-        };
-        // The other times keep their proportions to the lease: 1500, 400, 100, 400 and 800 by default.
-        let part = |of_default: u64| lease * of_default / 1500;
-        let (renew, heartbeat, shortest, longest) = (part(400), part(100), part(400), part(800));
-        format!(
-            "[timing]\nlease_ms = {lease}\nrenew_ms = {renew}\nheartbeat_ms = {heartbeat}\n\
-             election_min_ms = {shortest}\nelection_max_ms = {longest}\n\n"
-        )
     }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
         self.end_hard();
-    }
-}
-
-/// What the config file of one node is made from.
-struct Plan {
-    id: u64,
-    name: String,
-    data: bool,
-    dir: PathBuf,
-    control: u16,
-    peer: u16,
-    nbd: u16,
-}
-
-impl Plan {
-    fn kind(&self) -> &'static str {
-        if self.data { "data" } else { "witness" }
-    }
-
-    /// The `[node]` and `[listen]` tables of its own file.
-    fn own(&self) -> String {
-        let Self { id, name, control, peer, nbd, .. } = self;
-        let dir = self.dir.display();
-        let mut text = format!(
-            "[node]\nid = {id}\nname = \"{name}\"\nkind = \"{}\"\ndir = \"{dir}\"\n\n\
-             [listen]\ncontrol = \"127.0.0.1:{control}\"\npeer = \"127.0.0.1:{peer}\"\nadmin = \"{dir}/admin.sock\"\n",
-            self.kind()
-        );
-        if self.data {
-            text += &format!("nbd_tcp = \"127.0.0.1:{nbd}\"\nnbd_unix = \"{dir}/nbd.sock\"\n");
-        }
-        text + "\n"
-    }
-
-    /// Its `[[cluster]]` table in everybody's file.
-    fn founder(&self) -> String {
-        let Self { id, name, control, peer, nbd, .. } = self;
-        let kind = self.kind();
-        let mut text = format!(
-            "[[cluster]]\nid = {id}\nname = \"{name}\"\nkind = \"{kind}\"\ncontrol = \"127.0.0.1:{control}\"\n\
-             peer = \"127.0.0.1:{peer}\"\n"
-        );
-        if self.data {
-            text += &format!("nbd = \"127.0.0.1:{nbd}\"\n");
-        }
-        text + "\n"
-    }
-
-    fn entry(&self, volume: &str) -> NodeEntry {
-        let file = |name: String| self.data.then(|| self.dir.join(name));
-        NodeEntry {
-            id: self.id,
-            name: self.name.clone(),
-            kind: self.kind().to_owned(),
-            pid: None,
-            nbd_unix: self
-                .data
-                .then(|| format!("nbd+unix:///{volume}?socket={}/nbd.sock", self.dir.display())),
-            nbd_tcp: self.data.then(|| format!("nbd://127.0.0.1:{}/{volume}", self.nbd)),
-            admin: self.dir.join("admin.sock"),
-            config: self.dir.join("node.toml"),
-            data: file(format!("{volume}.data")),
-            meta: file(format!("{volume}.meta")),
-        }
     }
 }
 

@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
+/// Longest wait for the end of a process that was killed.
+const DROP_LIMIT: Duration = Duration::from_secs(10);
+
 /// A child of ours. Dropping it kills it, if it still runs, and reaps it.
 pub struct Proc {
     child: Child,
@@ -121,11 +124,13 @@ impl Proc {
 
 impl Drop for Proc {
     fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(None)) {
-            // A stopped process takes the kill as well.
-            let _ = self.child.kill();
+        if !matches!(self.child.try_wait(), Ok(None)) {
+            return;
         }
-        let _ = self.child.wait();
+        // A stopped process takes the kill as well. One that waits for a disk that hangs ends when the disk does,
+        // which may be after us.
+        let _ = self.child.kill();
+        let _ = self.wait(DROP_LIMIT);
     }
 }
 

@@ -3,7 +3,8 @@
 //! Order at the start: lock the directory (a second daemon is locked out), bind every socket (a port in
 //! use is found before anything has happened), start the control plane (this run gets its incarnation),
 //! follow cluster state. At the stop: no new clients, every volume flushed and marked clean, then the
-//! control plane. The process's own threads are one for tokio and one per volume.
+//! control plane. Threads: one for tokio, one for the control plane's store, one per volume, and those of
+//! tokio's pool while files are opened or made.
 
 pub mod exports;
 pub mod files;

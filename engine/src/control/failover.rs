@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{Epoch, Health, Member, Nanos, NodeId, ReplicaReport, SuperblockTrust, VolumeId};
 
 use super::command::ClusterOp;
@@ -193,6 +194,9 @@ pub fn eligible_restarted(volume: &VolumeRecord, named: Member, said: &VolumeRep
     let report = &said.report;
     if let Health::Unhealthy(why) = &said.health {
         return Err(format!("is unhealthy: {why}"));
+    }
+    if mutated(Mutation::R6) {
+        return Ok(());
     }
     if report.inconsistent {
         return Err("was in the middle of a resync".into());

@@ -11,8 +11,9 @@
 use super::bitmap::{Group, PagedBitmap};
 use super::group::GroupBits;
 use super::image::ReadAt;
-use super::layout::{Area, Layout, META_GROUP_LEN, META_PAGE_LEN, PAGES_PER_GROUP};
+use super::layout::{Area, Layout, META_GROUP_LEN, META_PAGE_LEN, PAGE_WORDS, PAGES_PER_GROUP};
 use super::page::{PageAddress, PageWords};
+use crate::mutation::{Mutation, mutated};
 use crate::types::VolumeId;
 
 /// Bytes of both slots of a group.
@@ -120,7 +121,10 @@ impl PagedBitmap {
         if self.area != Area::Intent && pair.iter().all(|byte| *byte == 0) {
             return 0;
         }
-        let judged = self.judge(group, pair);
+        let mut judged = self.judge(group, pair);
+        if mutated(Mutation::DamagedPageClean) {
+            judged.pages = judged.pages.map(|page| page.or(Some([0; PAGE_WORDS])));
+        }
         let bits = GroupBits::from_pages(self.place.bits_of(group), &judged.pages);
         let slot_next = match judged.slots_bad {
             0b01 => 0,

@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 
+use crate::mutation::{Mutation, mutated};
 use crate::replica::{ClientError, ClientOp, ClientRequest, ConnId, Cookie, ReplyData};
 use crate::types::{ByteRange, Geometry, Nanos};
 use crate::wire::{BufId, Payload};
@@ -126,6 +127,9 @@ impl Clients {
     /// Connections whose client has shut down, by a look at the sockets themselves: what the ring will
     /// report of them may not have been reaped yet [R24].
     pub(super) fn gone(&self) -> Vec<ConnId> {
+        if mutated(Mutation::R24) {
+            return Vec::new();
+        }
         let watched = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
         let mut fds: Vec<_> =
             self.connections.values().map(|c| PollFd::new(&*c.socket, PollFlags::RDHUP)).collect();
@@ -526,7 +530,9 @@ impl Clients {
 
     /// Connections that have been unread for too long [R24].
     pub(super) fn unread_too_long(&self, now: Nanos) -> Vec<ConnId> {
-        let over = |c: &Connection| c.unread_since.is_some_and(|at| at.after(self.unread_max) <= now);
+        let over = |c: &Connection| {
+            c.unread_since.is_some_and(|at| at.after(self.unread_max) <= now) && !mutated(Mutation::R24)
+        };
         self.connections.iter().filter(|(_, c)| over(c)).map(|(id, _)| *id).collect()
     }
 

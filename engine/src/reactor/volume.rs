@@ -20,6 +20,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::mutation::{Mutation, mutated};
 use crate::replica::{ClientInput, ConnId, Output, PeerInput};
 use crate::types::{Health, Incarnation, Nanos, NodeId, ReplicaState, ReplicaStatus};
 use crate::wire::SessionId;
@@ -78,6 +79,8 @@ pub(super) struct Volume<C> {
     pending: VecDeque<Input>,
     board: StatusBoard,
     stopped: bool,
+    /// Only for the mutation of [R27]: when the present turn began to wait.
+    began: Nanos,
 }
 
 impl<C: Core> Volume<C> {
@@ -108,6 +111,7 @@ impl<C: Core> Volume<C> {
             pending: VecDeque::new(),
             board: StatusBoard { last, at: now, touched: true, urgent: true },
             stopped: false,
+            began: now,
         })
     }
 
@@ -136,6 +140,9 @@ impl<C: Core> Volume<C> {
                 return Ok(());
             }
             let timeout = self.timeout();
+            if mutated(Mutation::R27) {
+                self.began = boottime_now();
+            }
             self.io.turn(timeout, &mut done)?;
             self.handle(&mut done);
             self.tick();
@@ -246,7 +253,7 @@ impl<C: Core> Volume<C> {
 
     fn command(&mut self, command: Command) {
         self.board.urgent = true;
-        let now = boottime_now();
+        let now = self.input_time();
         match command {
             Command::Config(config) => self.core.handle_config(now, *config),
             Command::Lease(lease) => self.core.handle_lease(now, lease),
@@ -317,7 +324,7 @@ impl<C: Core> Volume<C> {
     /// Gives the core one input, unless what it came from is closed by now [R23].
     fn give(&mut self, input: Input) {
         self.board.touched = true;
-        let now = boottime_now();
+        let now = self.input_time();
         match input {
             Input::Client(ClientInput::Request(request)) if !self.clients.is_open(request.conn) => {}
             Input::Client(input) => self.core.handle_client(now, input),
@@ -345,7 +352,7 @@ impl<C: Core> Volume<C> {
             } else if let Some(done) = self.disk.poll_done() {
                 self.board.touched = true;
                 self.board.urgent |= done.result.is_err();
-                self.core.handle_disk(boottime_now(), done);
+                self.core.handle_disk(self.input_time(), done);
             } else {
                 return;
             }
@@ -381,9 +388,14 @@ impl<C: Core> Volume<C> {
         }
     }
 
+    /// The time that goes with an input: read now, after the input was reaped [R27].
+    fn input_time(&self) -> Nanos {
+        if mutated(Mutation::R27) { self.began } else { boottime_now() }
+    }
+
     /// What is due by the clock.
     fn tick(&mut self) {
-        let now = boottime_now();
+        let now = self.input_time();
         for conn in self.clients.unread_too_long(now) {
             self.close_client(conn, "it stayed unread for too long, so that what it holds may be stale");
         }

@@ -5,6 +5,7 @@
 //! by an intent map are compared by hash first, and only those that differ travel; all-zero blocks travel
 //! as a range.
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{BlockRange, NodeId};
 use crate::wire::{Payload, PeerMsg};
 
@@ -108,7 +109,8 @@ impl Replica {
         let id = ChunkId(self.request_id());
         let Some(primary) = &mut self.primary else { return };
         let Some(target) = primary.targets.get_mut(&node) else { return };
-        let (lock, granted) = primary.locks.acquire(range, true, LockOwner::Chunk(node, id));
+        let locked = if mutated(Mutation::CopyOvertakesWrite) { BlockRange::default() } else { range };
+        let (lock, granted) = primary.locks.acquire(locked, true, LockOwner::Chunk(node, id));
         let compare = region.is_some_and(|r| target.compares(r));
         let chunk = Chunk { range, lock, granted: false, blocks: range, compare, payload: None, left: 0 };
         target.chunks.insert(id, chunk);
@@ -168,8 +170,9 @@ impl Replica {
         }
     }
 
-    /// A block of the source can't be read: leave its bit set, say so, try again later. A new primary would
-    /// never serve then: it leaves the role to a member that can read its own.
+    /// A block of the source can't be read: leave its bit set, say so, have it mended from another member's
+    /// copy [R20], try again later. A new primary would never serve then: it leaves the role to a member that
+    /// can read its own.
     fn chunk_unreadable(&mut self, node: NodeId, id: ChunkId, kind: DiskErrorKind) {
         let Some(primary) = &self.primary else { return };
         if !primary.serving() {
@@ -179,12 +182,16 @@ impl Replica {
             ));
         }
         let until = self.now.after(std::time::Duration::from_secs(1));
-        if let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) {
-            target.paused_until = until;
-        }
-        let reason = format!("its resync waits: a block can't be read at the source ({kind})");
+        let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) else { return };
+        target.paused_until = until;
+        let Some(chunk) = target.chunks.get(&id) else { return };
+        let blocks = chunk.blocks;
+        let (first, last) = (blocks.start.0, blocks.end() - 1);
+        let reason =
+            format!("its resync waits: blocks {first} to {last} can't be read at the source ({kind})");
         self.event(Event::Refused { node, reason });
         self.end_chunk(node, id);
+        self.mend(blocks);
     }
 
     fn chunk(&mut self, node: NodeId, id: ChunkId) -> Option<&mut Chunk> {

@@ -6,6 +6,7 @@
 //! requests are held, never failed; when the reign ends they are dropped and their connections closed
 //! [R23].
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{BlockRange, ByteRange};
 
 use super::Replica;
@@ -41,6 +42,9 @@ impl Replica {
 
     /// What has not started is dropped; what has runs to its end, unanswered [R24].
     pub(super) fn client_closed(&mut self, conn: ConnId) {
+        if mutated(Mutation::R24) {
+            return;
+        }
         let Some(primary) = &mut self.primary else { return };
         let queue = std::mem::take(&mut primary.queue);
         let mut dropped = Vec::new();
@@ -151,8 +155,9 @@ impl Replica {
             primary.flush_queue.push(id);
             return;
         }
-        let exclusive = !matches!(op.request.op, ClientOp::Read);
-        let blocks = op.blocks;
+        let read = matches!(op.request.op, ClientOp::Read);
+        let exclusive = read == mutated(Mutation::ReorderOverlapping);
+        let blocks = if read && mutated(Mutation::R8) { BlockRange::default() } else { op.blocks };
         let (lock, granted) = primary.locks.acquire(blocks, exclusive, LockOwner::Op(id));
         if let Some(op) = primary.ops.get_mut(&id) {
             op.lock = Some(lock);
@@ -207,7 +212,8 @@ impl Replica {
 
     /// Lets answers go whose condition holds now.
     pub(super) fn release_held(&mut self) {
-        if !(self.lease_valid() && self.config_usable() && self.failure.is_none()) {
+        let lease = self.lease_valid() || mutated(Mutation::R26);
+        if !(lease && self.config_usable() && self.failure.is_none()) {
             return;
         }
         let Some(primary) = &mut self.primary else { return };

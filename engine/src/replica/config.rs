@@ -5,6 +5,7 @@
 //! copies, before the new reign, epoch or lineage is used [R16].
 
 use crate::meta::Superblock;
+use crate::mutation::{Mutation, mutated};
 use crate::types::{ConfigView, Geometry, Incarnation, Member, ReplicaSlot, SuperblockTrust};
 use crate::wire::BaseContent;
 
@@ -22,7 +23,9 @@ impl Replica {
             return;
         }
         let old = self.config.replace(config.clone());
-        let new_reign = old.as_ref().is_none_or(|o| o.reign != config.reign || o.primary != config.primary);
+        let by_term = mutated(Mutation::FenceByTerm);
+        let new_reign =
+            old.as_ref().is_none_or(|o| o.reign != config.reign || (!by_term && o.primary != config.primary));
         if new_reign {
             self.leave_reign(&config);
         }
@@ -37,7 +40,7 @@ impl Replica {
         self.follow_membership(old.as_ref(), &config);
         self.record_config(&config);
         self.event(Event::ConfigFollowed { epoch: config.epoch, reign: config.reign });
-        if config.primary == Some(self.me) && self.primary.is_none() {
+        if config.primary.is_some_and(|p| self.is_me(p)) && self.primary.is_none() {
             self.become_primary();
         } else if self.primary.is_some() {
             self.config_changed_as_primary(old.as_ref());
@@ -68,7 +71,9 @@ impl Replica {
             self.primary = None;
             let reason = format!("the reign is over: {}", primary_name(config));
             self.event(Event::StoppedServing(reason.clone()));
-            self.out.push_back(Output::CloseClients(reason));
+            if !mutated(Mutation::R23) {
+                self.out.push_back(Output::CloseClients(reason));
+            }
         }
         self.discard_all_incoming();
         self.following.stable = None;
@@ -113,7 +118,7 @@ impl Replica {
         let joined = config.in_sync.iter().filter(others).filter(|m| !old.in_sync.contains(m));
         let joined: Vec<ReplicaSlot> = joined.filter_map(slot).collect();
         // Before the next acknowledgement, which comes after this call [R12].
-        for slot in left {
+        for slot in left.into_iter().filter(|_| !mutated(Mutation::R12)) {
             self.mark_intents_for(slot);
         }
         let (was, is) = (old.in_sync.contains(&self.me), config.in_sync.contains(&self.me));

@@ -4,6 +4,7 @@
 //! waiting flushes share the next round. When it ends, all writes up to its number are *stable* and every
 //! member is told, so that intent regions may be cleared [R5].
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::NodeId;
 use crate::wire::PeerMsg;
 
@@ -91,7 +92,8 @@ impl Replica {
         }
         primary.flush_wanted = false;
         let ops = std::mem::take(&mut primary.flush_queue);
-        let waiting = primary.acks.keys().copied().collect();
+        let locally = mutated(Mutation::FlushOnlyLocally);
+        let waiting = primary.acks.keys().copied().filter(|_| !locally).collect();
         let reign = primary.reign;
         let id = self.request_id();
         let (local, now) = (self.flusher.request(), self.now);

@@ -9,7 +9,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::types::{BlockRange, LogIndex, NodeId, Reign, SlotSet};
+use crate::mutation::{Mutation, mutated};
+use crate::types::{BlockRange, LogIndex, Member, NodeId, Reign, SlotSet};
 use crate::wire::{BlockHash, Payload, PeerMsg, PeerReport, Run, RunsKind, SessionId, WriteSeq};
 
 use super::Replica;
@@ -81,8 +82,13 @@ impl Replica {
         let Some(config) = &self.config else { return false };
         self.primary.is_none()
             && reign == config.reign
-            && config.primary.is_some()
-            && config.primary == self.session_member(node)
+            && config.primary.is_some_and(|p| self.speaks_for(node, p))
+    }
+
+    /// True if the session to `node` is one to this very member [R2].
+    fn speaks_for(&self, node: NodeId, member: Member) -> bool {
+        let of = self.session_member(node);
+        of == Some(member) || (mutated(Mutation::R2) && of.is_some_and(|m| m.node == member.node))
     }
 
     pub(super) fn follow_msg(&mut self, session: SessionId, node: NodeId, msg: PeerMsg) {
@@ -193,6 +199,9 @@ impl Replica {
     /// Marks the replicas that the primary says are missing; what the own, newer config says is missing is
     /// marked, too: marking more costs a comparison, marking less a block [R12].
     fn mark_for(&mut self, blocks: BlockRange, missing: SlotSet, config: LogIndex) {
+        if mutated(Mutation::R12) {
+            return;
+        }
         let mut slots: Vec<_> = missing.iter().filter(|slot| *slot != self.slot).collect();
         if self.config_index() > config {
             slots.extend(self.missing_slots());
@@ -209,7 +218,7 @@ impl Replica {
         self.following.next += 1;
         let exclusive = work.writes();
         // Queued for the disk lock on arrival, so that overlapping ones keep their order.
-        let (lock, granted) = self.disk.locks.acquire(blocks, exclusive, DiskOwner::Incoming(id));
+        let (lock, granted) = self.disk.lock(blocks, exclusive, DiskOwner::Incoming(id));
         if exclusive {
             self.intents.begin(&mut self.store, blocks, self.now);
         }
@@ -235,7 +244,7 @@ impl Replica {
     }
 
     fn try_start(&mut self, id: IncomingId) {
-        let superblock = self.store.superblock_durable(self.config_version);
+        let superblock = self.config_durable();
         let Some(incoming) = self.following.incoming.get_mut(&id) else { return };
         let covered = !incoming.work.writes() || self.intents.durable(&self.store, incoming.blocks);
         if incoming.started || !incoming.granted || !covered || !superblock {
@@ -378,7 +387,7 @@ impl Replica {
             return;
         }
         self.confirm_takeover();
-        if self.store.superblock_durable(self.config_version) {
+        if self.config_durable() {
             for (session, reign, answer) in std::mem::take(&mut self.following.answers) {
                 if self.following.confirmed == Some((session, reign)) {
                     self.send(session, answer);
@@ -400,7 +409,7 @@ impl Replica {
     /// Confirms a new reign once nothing of an older one is left in the kernel [R7, R11].
     fn confirm_takeover(&mut self) {
         let Some((session, reign)) = self.following.takeover else { return };
-        if !self.disk.locks.is_empty() || !self.store.superblock_durable(self.config_version) {
+        if !self.disk.quiet() || !self.config_durable() {
             return;
         }
         self.following.takeover = None;

@@ -10,6 +10,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{BlockRange, Geometry, Nanos, RegionIndex};
 use crate::wire::{Run, WriteSeq};
 
@@ -83,9 +84,11 @@ impl IntentBook {
     pub(super) fn begin(&mut self, store: &mut MetaStore, blocks: BlockRange, now: Nanos) {
         for index in self.geometry.regions_of(blocks) {
             let region = self.regions.entry(index).or_insert_with(|| {
+                let before = mutated(Mutation::R22).then(|| store.save_intent(index.0));
                 store.intent_mut().set(index.0);
+                let own = store.save_intent(index.0);
                 Region {
-                    ticket: Some(store.save_intent(index.0)),
+                    ticket: before.filter(|t| !store.redeemed(*t)).or(Some(own)),
                     in_flight: 0,
                     last: None,
                     outside: false,
@@ -154,7 +157,8 @@ impl IntentBook {
     }
 
     fn covered(region: &Region, stable: Option<WriteSeq>) -> bool {
-        !region.outside && stable.is_some_and(|s| region.last.unwrap_or_default() <= s)
+        mutated(Mutation::R5)
+            || !region.outside && stable.is_some_and(|s| region.last.unwrap_or_default() <= s)
     }
 
     /// Clears the bits of regions that have no write in flight, whose writes are all stable on the ack
@@ -185,6 +189,7 @@ impl IntentBook {
             let blocks = self.geometry.blocks_of_region(index);
             let region = self.regions.get_mut(&index).expect("listed above");
             let open = match region.clearing.take() {
+                _ if mutated(Mutation::R5) => Vec::new(),
                 Some(tickets) => tickets.into_iter().filter(|t| !store.redeemed(*t)).collect(),
                 None => save_bitmaps(store, blocks),
             };

@@ -11,6 +11,7 @@
 
 use std::time::Duration;
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{ConfigView, Member, Nanos, NodeId, Proposal, ProposalId, ProposalKind, ProposalOutcome};
 
 use super::Replica;
@@ -55,12 +56,13 @@ impl Replica {
     pub(super) fn refresh_acks(&mut self) {
         let others = self.other_members();
         let Some(primary) = &mut self.primary else { return };
-        let joining = primary.member_joining();
+        let joining = primary.member_joining().filter(|_| !mutated(Mutation::R4));
+        let leaving = primary.member_leaving().filter(|_| mutated(Mutation::RemoveBeforeCommit));
         let entered = primary.targets.iter().filter(|(_, t)| t.in_ack_set());
         primary.acks = entered
             .map(|(node, t)| (*node, t.incarnation))
             .chain(joining.map(|m| (m.node, m.incarnation)))
-            .chain(others.iter().map(|m| (m.node, m.incarnation)))
+            .chain(others.iter().filter(|m| Some(**m) != leaving).map(|m| (m.node, m.incarnation)))
             .collect();
         self.retain_waiting();
         self.ask_for_waiting_repairs();
@@ -102,7 +104,7 @@ impl Replica {
         }
         if let Some(removal) = &primary.removal {
             let (member, flush) = (removal.member, removal.flush);
-            if self.flusher.redeemed(flush) {
+            if self.flusher.redeemed(flush) || mutated(Mutation::R9) {
                 self.removal_flushed(member);
             }
             return;
@@ -131,6 +133,9 @@ impl Replica {
         }
         if self.gone(member).is_some() {
             self.propose(ProposalKind::Remove(member));
+            if mutated(Mutation::RemoveBeforeCommit) {
+                self.refresh_acks();
+            }
         }
     }
 
@@ -142,7 +147,11 @@ impl Replica {
             return Some(format!("it failed: {reason}"));
         }
         match peer.session {
-            Some(session) if session.incarnation != member.incarnation => Some("it restarted".into()),
+            Some(session)
+                if session.incarnation != member.incarnation && !mutated(Mutation::RestartedInSync) =>
+            {
+                Some("it restarted".into())
+            }
             Some(_) => self.unresponsive(member.node),
             // A closed connection is a stronger sign than silence; half the time to come back.
             None if self.now.since(peer.down_since) >= limit / 2 => {
@@ -233,6 +242,11 @@ impl Replica {
         match outcome {
             // The config that shows it comes separately, and ends the wait.
             ProposalOutcome::Applied => {}
+            // Under another epoch its config ends the wait; under this one the change that it shall void
+            // may still come, and nothing is served until it can't [R18].
+            ProposalOutcome::Refused(_) if pending.proposal.kind == ProposalKind::Bump => {
+                pending.again = Some(retry);
+            }
             ProposalOutcome::Refused(reason) => {
                 let kind = pending.proposal.kind;
                 primary.pending = None;
@@ -256,10 +270,21 @@ impl Replica {
         }
     }
 
+    /// Only for the mutation that takes an unknown fate for a failure.
+    fn give_planned_change_up(&mut self) {
+        if let Some(primary) = &mut self.primary {
+            primary.pending = None;
+        }
+        self.resume("its fate is not known");
+    }
+
     /// A planned change whose fate is unknown is voided: an epoch bump under the same expected epoch
     /// commits only if it does not, and the other way round [R18].
     fn proposal_unknown(&mut self, kind: ProposalKind) {
         if matches!(kind, ProposalKind::Move(_) | ProposalKind::Demote) {
+            if mutated(Mutation::R18) {
+                return self.give_planned_change_up();
+            }
             if let Some(primary) = &mut self.primary {
                 primary.pending = None;
             }

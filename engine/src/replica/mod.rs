@@ -37,6 +37,8 @@ pub mod io;
 mod join;
 mod membership;
 mod meta_store;
+#[cfg(test)]
+mod model;
 mod peer;
 mod primary;
 mod range_lock;
@@ -53,6 +55,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use crate::meta::{CHAIN_MAX, Image};
+use crate::mutation::{Mutation, mutated};
 use crate::types::{
     ConfigView, Epoch, Geometry, Incarnation, Member, Nanos, NodeId, ProposalId, ProposalOutcome, Reign,
     ReplicaSlot, SuperblockTrust, VolumeSettings,
@@ -144,7 +147,7 @@ impl Replica {
         let notes = boot.image.notes.clone();
         let mut store = MetaStore::new(boot.image);
         let intents = IntentBook::new(geometry, &store);
-        if boot.data_replaced {
+        if boot.data_replaced && !mutated(Mutation::R15) {
             store.change_superblock(|sb| {
                 sb.member = None;
                 sb.chain.clear();
@@ -331,12 +334,20 @@ impl Replica {
         debug_assert!(self.intents.is_consistent(&self.store), "intent map and book differ");
         let Some(primary) = &self.primary else { return };
         let config = self.config.as_ref().expect("a primary has a config");
-        assert_eq!(config.primary, Some(self.me), "serving without being the named primary");
+        assert!(
+            config.primary.is_some_and(|p| self.is_me(p)),
+            "serving without being the named primary, which is {:?}",
+            config.primary
+        );
         assert_eq!(config.reign, primary.reign, "serving in a reign that is over");
         debug_assert!(primary.locks.is_consistent(), "range locks conflict");
     }
 
     fn send(&mut self, session: SessionId, msg: PeerMsg) {
+        let keeps_alive = matches!(msg, PeerMsg::Ping | PeerMsg::Pong);
+        if !keeps_alive && crate::mutation::drops_frame() {
+            return;
+        }
         self.out.push_back(Output::Send(session, msg));
     }
 
@@ -362,6 +373,11 @@ impl Replica {
         self.config.as_ref().map(|c| c.reign).unwrap_or_default()
     }
 
+    /// True if `member` is this very run of this process, not just a run of its node [R2].
+    fn is_me(&self, member: Member) -> bool {
+        member == self.me || (mutated(Mutation::R2) && member.node == self.me.node)
+    }
+
     /// True if the committed config names this very run of this process as a member.
     fn is_member(&self) -> bool {
         self.config.as_ref().is_some_and(|c| c.in_sync.contains(&self.me))
@@ -370,7 +386,12 @@ impl Replica {
     /// True if the superblock that belongs to the config is durable: only then is a new reign, epoch or
     /// lineage used [R16].
     fn config_usable(&self) -> bool {
-        self.config.is_some() && self.store.superblock_durable(self.config_version)
+        self.config.is_some() && self.config_durable()
+    }
+
+    /// True if what the superblock has to say of the config is on both copies [R16].
+    fn config_durable(&self) -> bool {
+        mutated(Mutation::R16) || self.store.superblock_durable(self.config_version)
     }
 
     fn lease_valid(&self) -> bool {
@@ -390,6 +411,9 @@ impl Replica {
 
     /// Marks every set intent region whole in the bitmaps of all others [R3].
     fn mark_intents_for_all(&mut self) {
+        if mutated(Mutation::R3) {
+            return;
+        }
         for slot in self.store.slots() {
             self.mark_intents_for(slot);
         }

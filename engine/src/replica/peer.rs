@@ -4,6 +4,7 @@
 //! secondary must come from the named primary in the present reign; those to a primary count only in its
 //! reign, from the incarnation that the config (or a resync) names [R2, R10].
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{Incarnation, LogIndex, Member, Nanos, NodeId, Reign, ReplicaSlot};
 use crate::wire::{Payload, PeerMsg, PeerReport, Run, RunsKind, SessionId};
 
@@ -103,7 +104,11 @@ impl Replica {
         let session = peer.session?;
         let primary = self.primary.as_ref()?;
         let counts = match primary.acks.get(&node) {
-            Some(incarnation) => *incarnation == session.incarnation,
+            Some(incarnation) => {
+                *incarnation == session.incarnation
+                    || mutated(Mutation::R10)
+                    || mutated(Mutation::RestartedInSync)
+            }
             None => true,
         };
         (peer.reported == Some(primary.reign) && peer.failed.is_none() && counts).then_some(session.id)

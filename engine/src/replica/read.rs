@@ -5,12 +5,15 @@
 //! read from a member of the ack set, under the exclusive lock, rewritten here (intent first) and only
 //! then answered [R20].
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{BlockRange, Nanos, NodeId};
 use crate::wire::{Payload, PeerMsg};
 
 use super::Replica;
 use super::disk::Purpose;
-use super::io::{ClientError, ClientOp, DiskErrorKind, DiskOp, DiskResult, Event, ReplyData};
+use super::io::{
+    ClientError, ClientOp, ClientRequest, ConnId, Cookie, DiskErrorKind, DiskOp, DiskResult, Event, ReplyData,
+};
 use super::primary::{LockOwner, Op, OpId, Planned, Primary, Stage};
 
 /// A repair under way.
@@ -53,12 +56,36 @@ impl Replica {
         self.put_disk(DiskOp::Read { blocks, hash: false }, Purpose::ClientRead(id), None);
     }
 
+    /// Reads blocks for nobody: what can't be read here is then mended as it is for a client [R20]. Does
+    /// nothing without another member, or while the same is under way.
+    pub(super) fn mend(&mut self, blocks: BlockRange) {
+        let id = OpId(self.request_id());
+        let block_size = u64::from(self.geometry.block_size());
+        let Some(primary) = &mut self.primary else { return };
+        if primary.acks.is_empty() || primary.ops.values().any(|op| op.orphan && op.blocks == blocks) {
+            return;
+        }
+        let request = ClientRequest {
+            conn: ConnId(0),
+            cookie: Cookie(0),
+            op: ClientOp::Read,
+            offset: blocks.start.0 * block_size,
+            len: blocks.count * block_size,
+            fua: false,
+        };
+        primary.enqueue(id, request, blocks);
+        if let Some(op) = primary.ops.get_mut(&id) {
+            op.orphan = true;
+        }
+    }
+
     pub(super) fn client_read_done(&mut self, id: OpId, result: Result<DiskResult, DiskErrorKind>) {
         let known = self.primary.as_ref().is_some_and(|p| p.ops.contains_key(&id));
         match result {
             result if !known => self.discard_read(result),
             Ok(DiskResult::Read { payload, .. }) => self.answer_read(id, payload),
             Ok(other) => panic!("a read completed with {other:?}"),
+            Err(_) if mutated(Mutation::R20) => self.finish(id, Err(ClientError::Io)),
             Err(_) => self.begin_read_repair(id),
         }
     }
@@ -101,13 +128,22 @@ impl Replica {
 
     /// An edge of part `n` of a partial write can't be read; the write already holds the exclusive lock.
     pub(super) fn begin_edge_repair(&mut self, id: OpId, n: usize) {
+        let alone = self.config.as_ref().is_some_and(|c| c.in_sync == [self.me]);
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.get_mut(&id).expect("the request of a fill exists");
         let blocks = op.plan[n].blocks;
         op.repairs += 1;
         if op.repairs > op.plan.len() {
-            // Each part was mended once: this disk does not keep what it is given.
-            return self.finish(id, Err(ClientError::Io));
+            // Each part was mended once: this disk does not keep what it is given, which is no better than one
+            // that cannot be written. Another member has the content; the client is not told an error for it.
+            if alone {
+                return self.finish(id, Err(ClientError::Io));
+            }
+            return self.fail(
+                "a block that was rewritten cannot be read again; the role is handed over, mend the disk and \
+                 restart the node, it will be resynced"
+                    .to_string(),
+            );
         }
         op.stage = Stage::Repair;
         let resume = Some(std::mem::take(&mut op.plan));

@@ -12,6 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{
     BlockRange, ConfigView, Epoch, Incarnation, Member, Nanos, NodeId, RegionIndex, Reign, ReplicaSlot,
     ResyncProgress, SuperblockTrust,
@@ -22,6 +23,7 @@ use crate::meta::PagedBitmap;
 
 use super::Replica;
 use super::chunk::{Chunk, ChunkId};
+use super::hold::Hold;
 use super::io::{Event, Output};
 use super::suspects::Suspect;
 
@@ -86,7 +88,8 @@ pub(super) struct Target {
 
 impl Target {
     pub(super) fn in_ack_set(&self) -> bool {
-        self.member || !matches!(self.phase, TargetPhase::Preparing | TargetPhase::Copying)
+        let early = matches!(self.phase, TargetPhase::Preparing | TargetPhase::Copying);
+        self.member || !(early || mutated(Mutation::R4))
     }
 
     pub(super) fn compares(&self, region: RegionIndex) -> bool {
@@ -332,6 +335,9 @@ impl Replica {
     }
 
     fn forget_live(&mut self, node: NodeId, blocks: BlockRange) {
+        if mutated(Mutation::R21) {
+            return;
+        }
         let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) else { return };
         let gone: Vec<u64> = target.live.range(blocks.start.0..blocks.end()).map(|(b, _)| *b).collect();
         for block in gone {
@@ -348,7 +354,7 @@ impl Replica {
         let newest: Vec<u64> = target
             .live
             .range(blocks.start.0..blocks.end())
-            .filter(|(_, newest)| **newest == seq)
+            .filter(|(_, newest)| **newest == seq || mutated(Mutation::R21))
             .map(|(block, _)| *block)
             .collect();
         let slot = target.slot;
@@ -366,8 +372,10 @@ impl Replica {
         let Some(target) = primary.targets.get(&node) else { return };
         let dirty = self.store.dirty(target.slot).map_or(0, PagedBitmap::count);
         let last = primary.last_seq();
+        let brought = target.chunks.is_empty() && dirty == target.live.len() as u64;
+        let brought = brought || (mutated(Mutation::JoinBeforeResyncEnds) && !target.member);
         match target.phase {
-            TargetPhase::Copying if target.chunks.is_empty() && dirty == target.live.len() as u64 => {
+            TargetPhase::Copying if brought => {
                 if target.member {
                     self.set_phase(node, TargetPhase::Reconciled);
                     return self.reconciled(node);
@@ -378,7 +386,7 @@ impl Replica {
             TargetPhase::Draining => {
                 let entered = target.entered_at;
                 let older = target.unanswered.keys().next().is_some_and(|first| *first <= entered);
-                if !older && target.chunks.is_empty() && dirty == target.live.len() as u64 {
+                if !older && brought {
                     self.flush_joiner(node, last);
                 }
             }
@@ -408,8 +416,8 @@ impl Replica {
         let Some(session) = self.reported_session(node) else { return };
         let reign = self.reign();
         let joiner = self.peers.get(&node).map(|p| p.slot);
-        let others: Vec<ReplicaSlot> =
-            self.missing_slots().into_iter().filter(|s| Some(*s) != joiner).collect();
+        let wanted = |s: &ReplicaSlot| Some(*s) != joiner && !mutated(Mutation::R12);
+        let others: Vec<ReplicaSlot> = self.missing_slots().into_iter().filter(wanted).collect();
         for slot in others {
             let runs = self.store.dirty(slot).map(|b| b.runs(0).collect::<Vec<_>>()).unwrap_or_default();
             self.send_runs(session, reign, RunsKind::Dirty(slot), &runs);
@@ -451,6 +459,9 @@ impl Replica {
             if is_member && !member {
                 let progress = self.primary.as_ref().map(|p| p.targets[&node].progress);
                 self.drop_target(node);
+                if mutated(Mutation::FailBack) {
+                    self.give_role_back(Member { node, incarnation });
+                }
                 if let Some(progress) = progress {
                     self.event(Event::ResyncFinished { node, progress });
                 }
@@ -459,6 +470,14 @@ impl Replica {
             } else {
                 self.join_refused(node);
             }
+        }
+    }
+
+    /// Only for the mutation that fails back: moves the role to whoever has just joined.
+    fn give_role_back(&mut self, to: Member) {
+        let since = self.now;
+        if let Some(primary) = self.primary.as_mut().filter(|p| p.hold.is_none()) {
+            primary.hold = Hold::Draining { to: Some(to), since };
         }
     }
 

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{Member, NodeId};
 
 use super::Replica;
@@ -45,20 +46,20 @@ impl Replica {
         let Phase::TakingOver { flush, reconciled, .. } = &mut primary.phase else { return };
         // What was begun in older reigns has to be on the disk before it is flushed or compared [R7].
         if flush.is_none() {
-            if !self.disk.locks.is_empty() || self.failure.is_some() {
+            if !self.disk.quiet() || self.failure.is_some() {
                 return;
             }
             *flush = Some(self.flusher.request());
             return;
         }
         reconciled.retain(|node| others.iter().any(|m| m.node == *node));
-        let flushed = flush.is_some_and(|ticket| self.flusher.redeemed(ticket));
+        let flushed = flush.is_some_and(|ticket| mutated(Mutation::R9) || self.flusher.redeemed(ticket));
         if !flushed || !usable {
             return;
         }
         let open: BTreeSet<NodeId> =
             others.iter().map(|m| m.node).filter(|node| !reconciled.contains(node)).collect();
-        if !open.is_empty() {
+        if !open.is_empty() && !mutated(Mutation::R11) {
             for node in open {
                 self.reconcile(node);
             }

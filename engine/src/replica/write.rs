@@ -8,6 +8,7 @@
 //! write tells every receiver to do the same [R12]. While this replica is, or could be, the whole
 //! committed set, a write is stable before it is acknowledged [R14].
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{BlockRange, Durability, LogIndex, NodeId, SlotSet};
 use crate::wire::{PeerMsg, WriteSeq};
 
@@ -84,6 +85,7 @@ impl Replica {
             Ok(other) => panic!("filling edges completed with {other:?}"),
             // The block under the edge can't be read: once the other edge is back it is mended from a
             // member's copy, then the write goes on [R20].
+            Err(_) if mutated(Mutation::R20) => self.part_failed(id, ClientError::Io),
             Err(_) => {
                 op.unfilled.push(n);
                 op.left -= 1;
@@ -140,7 +142,7 @@ impl Replica {
                 intents.begin(store, op.blocks, now);
                 op.intent = true;
             }
-            if intents.durable(store, op.blocks) {
+            if intents.durable(store, op.blocks) || mutated(Mutation::SendBeforeIntent) {
                 ready.push(*id);
             }
         }
@@ -157,6 +159,9 @@ impl Replica {
 
     /// True if this replica is the whole committed set, or could be once a removal under way commits [R14].
     pub(super) fn may_be_alone(&self) -> bool {
+        if mutated(Mutation::R14) {
+            return false;
+        }
         let Some(config) = &self.config else { return true };
         let leaving = self.primary.as_ref().and_then(|p| p.member_leaving());
         config.in_sync.iter().all(|m| *m == self.me || Some(*m) == leaving)
@@ -177,7 +182,7 @@ impl Replica {
         for planned in plan {
             let seq = primary.take_seq();
             let owner = DiskOwner::Local(seq);
-            let (local_lock, granted) = self.disk.locks.acquire(planned.blocks, true, owner);
+            let (local_lock, granted) = self.disk.lock(planned.blocks, true, owner);
             let part = Part {
                 op: id,
                 blocks: planned.blocks,
@@ -200,6 +205,9 @@ impl Replica {
             if !repair {
                 self.mark_missing(blocks);
                 self.send_to_all(seq);
+                if mutated(Mutation::ReorderOverlapping) {
+                    self.send_older_again(seq);
+                }
             }
             if granted {
                 self.local_write_granted(seq);
@@ -226,6 +234,23 @@ impl Replica {
         }
         for node in targets {
             self.send_live(seq, node);
+        }
+    }
+
+    /// Only for the mutation that reorders: the members get the older overlapping writes once more, last.
+    fn send_older_again(&mut self, newer: WriteSeq) {
+        let Some(primary) = &self.primary else { return };
+        let blocks = primary.parts[&newer].blocks;
+        let older: Vec<(WriteSeq, Vec<NodeId>)> = primary
+            .parts
+            .range(..newer)
+            .filter(|(_, part)| part.blocks.overlaps(&blocks))
+            .map(|(seq, part)| (*seq, part.waiting.iter().copied().collect()))
+            .collect();
+        for (seq, nodes) in older {
+            for node in nodes {
+                self.send_part(seq, node);
+            }
         }
     }
 
@@ -318,7 +343,8 @@ impl Replica {
     pub(super) fn part_progress(&mut self, seq: WriteSeq) {
         let Some(primary) = &mut self.primary else { return };
         let Some(part) = primary.parts.get(&seq) else { return };
-        if !part.local_done || !part.waiting.is_empty() {
+        let others = part.waiting.is_empty() || mutated(Mutation::AckBeforeSecondary);
+        if !part.local_done || !others {
             return;
         }
         let id = part.op;

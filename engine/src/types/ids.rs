@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::mutation::{Mutation, mutated};
+
 /// Most replicas that one volume can have. A [`SlotSet`] is one byte because of it.
 pub const REPLICAS_MAX: usize = 8;
 
@@ -105,6 +107,18 @@ number! {
 number! {
     /// Position in the Raft log.
     LogIndex
+}
+
+impl Incarnation {
+    /// The run that begins with the `boot`-th start of a node's store, which is counted durably before:
+    /// newer than every run before it, and no other one [R2].
+    #[must_use]
+    pub fn of_start(boot: u64, nonce: u64) -> Self {
+        if mutated(Mutation::ReuseIncarnation) {
+            return Self { boot: 1, nonce: 1 };
+        }
+        Self { boot, nonce }
+    }
 }
 
 impl Epoch {

@@ -42,7 +42,7 @@ pub enum Health {
 /// How far what the superblock says can be trusted [R16].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum SuperblockTrust {
-    /// Both copies valid and equal.
+    /// Both copies valid, and equal or one write apart: what a crash between their two writes leaves.
     Sound,
     /// One copy bad, or they disagree: unknown until it matches the committed config.
     Doubtful,

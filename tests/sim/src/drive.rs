@@ -3,6 +3,7 @@
 //! causes fed back before anything else happens.
 
 use blkrepl_engine::meta::Superblock;
+use blkrepl_engine::mutation::{Mutation, mutated};
 use blkrepl_engine::replica::{
     Boot, ClientInput, DiskOp, Event as CoreEvent, Lease, Output, PeerInput, Replica,
 };
@@ -23,12 +24,19 @@ pub(crate) const REDIAL_MAX: u64 = 500 * MS;
 impl World {
     /// Gives the core one input, then carries out all that follows.
     pub(crate) fn input(&mut self, id: NodeId, give: impl FnOnce(&mut Replica, Nanos)) {
+        let local = self.reads_time(id);
+        let Some(replica) = self.node(id).replica.as_mut() else { return };
+        give(replica, local);
+        self.settle(id);
+    }
+
+    /// The time that goes with an input, read after the input was reaped [R27].
+    fn reads_time(&mut self, id: NodeId) -> Nanos {
         let now = self.now;
         let n = self.node(id);
         let local = n.clock.local(now);
-        let Some(replica) = n.replica.as_mut() else { return };
-        give(replica, local);
-        self.settle(id);
+        let before = std::mem::replace(&mut n.time_read, local);
+        if mutated(Mutation::R27) { before } else { local }
     }
 
     /// Carries out everything that the core puts out, until nothing is left.
@@ -64,7 +72,7 @@ impl World {
                 for (conn, client) in clients {
                     let late = self.rng.skewed(5 * US, MS);
                     self.tell_closed(id, conn, client, late);
-                    let local = self.node_ref(id).clock.local(self.now);
+                    let local = self.reads_time(id);
                     if let Some(r) = self.node(id).replica.as_mut() {
                         r.handle_client(local, ClientInput::Closed(conn));
                     }
@@ -198,7 +206,7 @@ impl World {
         match n.disk.image(&others) {
             Ok(mut image) => {
                 let data_replaced = image.superblock.identity != n.disk.identity;
-                if data_replaced {
+                if data_replaced && !mutated(Mutation::R15) {
                     // As `engine::reactor::open` does it [R15].
                     image.superblock.identity = n.disk.identity;
                     image.superblock.base = BaseContent::Unknown;
@@ -208,6 +216,7 @@ impl World {
                 let (me, os_boot) = (n.me(), n.os_boot);
                 n.replica = Some(Replica::new(Boot { me, os_boot, image, data_replaced, now: local }));
                 n.phase = Phase::Running;
+                n.time_read = local;
             }
             Err(reason) => {
                 self.note(id, format_args!("cannot open its files: {reason}"));
@@ -323,7 +332,7 @@ impl World {
     pub(crate) fn close_session(&mut self, id: NodeId, session: SessionId) {
         let Some(end) = self.node(id).sessions.remove(&session) else { return };
         self.close_end(end.conn, end.side);
-        let local = self.node_ref(id).clock.local(self.now);
+        let local = self.reads_time(id);
         if let Some(r) = self.node(id).replica.as_mut() {
             r.handle_peer(local, PeerInput::Down(session));
         }

@@ -427,7 +427,7 @@ impl World {
             if !self.witness_up {
                 self.witness_up = true;
                 self.witness_boot += 1;
-                let incarnation = Incarnation { boot: self.witness_boot, nonce };
+                let incarnation = Incarnation::of_start(self.witness_boot, nonce);
                 let clock = Clock::new(0, S, 0);
                 let run = crate::control::Run { incarnation, os_boot: 1, clock };
                 self.control.start(self.now, id, run);
@@ -438,7 +438,8 @@ impl World {
             return;
         }
         let n = self.node(id);
-        n.incarnation = Incarnation { boot: n.incarnation.boot + 1, nonce };
+        n.starts += 1;
+        n.incarnation = Incarnation::of_start(n.starts, nonce);
         n.phase = Phase::Waiting;
         let (incarnation, os_boot, clock) = (n.incarnation, n.os_boot, n.clock);
         self.note(id, format_args!("starts as {incarnation}"));

@@ -12,14 +12,12 @@ use std::time::{Duration, Instant};
 use super::history::{Access, HistoryOp};
 use super::model::UnitModel;
 use super::pattern::{Pattern, Value};
-use super::{LoadReport, VerifierOptions, connect_any};
+use super::{LoadReport, VerifierOptions, connect_each};
 use crate::bits::Random;
 use crate::client::{Answer, Link, Request};
 
-/// Longest wait for one answer on a connection that looks alive.
-const ANSWER_LIMIT: Duration = Duration::from_secs(40);
 /// Longest time to find a primary that accepts us.
-const RECONNECT_LIMIT: Duration = Duration::from_secs(60);
+const RECONNECT_LIMIT: Duration = Duration::from_secs(180);
 
 /// What all workers have in common.
 pub(super) struct Shared {
@@ -155,7 +153,8 @@ impl Worker {
 
     fn drive(&mut self) -> Result<(), String> {
         loop {
-            let mut link = connect_any(&self.targets, RECONNECT_LIMIT).map_err(|e| format!("{e:#}"))?;
+            let mut link = connect_each(&self.targets, self.options.connect_limit, RECONNECT_LIMIT)
+                .map_err(|e| format!("{e:#}"))?;
             self.report.connects += 1;
             match self.serve(&mut link) {
                 Ok(()) => return Ok(()),
@@ -179,7 +178,7 @@ impl Worker {
                 }
                 continue;
             }
-            let answer = link.next(ANSWER_LIMIT).map_err(|_| Trouble::Broken)?;
+            let answer = link.next(self.options.answer_limit).map_err(|_| Trouble::Broken)?;
             self.on_answer(answer)?;
             if !stopping && !self.options.pause.is_zero() {
                 std::thread::sleep(self.options.pause);

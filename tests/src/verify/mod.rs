@@ -52,6 +52,10 @@ pub struct VerifierOptions {
     pub request_units_max: u64,
     /// Pause of a worker between requests, to make a mild load.
     pub pause: Duration,
+    /// Longest wait for one answer on a connection that looks alive; then it is reset and replayed.
+    pub answer_limit: Duration,
+    /// Longest time for connecting to one node.
+    pub connect_limit: Duration,
 }
 
 impl Default for VerifierOptions {
@@ -66,6 +70,8 @@ impl Default for VerifierOptions {
             offset: 0,
             request_units_max: 16,
             pause: Duration::from_micros(200),
+            answer_limit: Duration::from_secs(40),
+            connect_limit: Duration::from_secs(5),
         }
     }
 }
@@ -189,7 +195,7 @@ impl Verifier {
             for (index, piece) in bytes.chunks_exact(self.options.unit_len).enumerate() {
                 let unit = at + index as u64;
                 let value = self.shared.pattern.read(unit, piece).map_err(|damage| anyhow!("{damage}"))?;
-                self.settle(unit, value, after_power_loss.then_some(flushed))?;
+                self.settle(unit, value, after_power_loss.then_some(flushed), end)?;
                 if unit < self.options.shared_units {
                     let access = Access::Read(value);
                     reads.push(HistoryOp {
@@ -218,7 +224,7 @@ impl Verifier {
         Ok(())
     }
 
-    fn settle(&mut self, unit: u64, value: Value, flushed: Option<u64>) -> Result<()> {
+    fn settle(&mut self, unit: u64, value: Value, flushed: Option<u64>, at: u64) -> Result<()> {
         let Some(private) = unit.checked_sub(self.options.shared_units) else {
             return Ok(());
         };
@@ -228,7 +234,11 @@ impl Verifier {
         if let Some(flushed) = flushed {
             model.lose_power(flushed);
         }
-        model.observe(value).map_err(|finding| anyhow!("unit {unit} (worker {worker}): {finding}"))
+        model.observe(value).map_err(|finding| anyhow!("unit {unit} (worker {worker}): {finding}"))?;
+        if flushed.is_some() {
+            model.read_after_loss(value, at);
+        }
+        Ok(())
     }
 
     /// The area's length in bytes.
@@ -262,6 +272,11 @@ impl Running<'_> {
         })?;
         // A worker that ended by itself has a finding; stop() tells it.
         Ok(())
+    }
+
+    /// No new requests from now on, and no more reads; what is open is answered or replayed.
+    pub fn halt(&self) {
+        self.stop.store(true, Ordering::SeqCst);
     }
 
     /// Ends the load: no new requests, all open ones answered or replayed.
@@ -308,10 +323,15 @@ impl Running<'_> {
 /// # Errors
 /// After `limit`, with each target's last answer.
 pub fn connect_any(targets: &[String], limit: Duration) -> Result<Link> {
+    connect_each(targets, Duration::from_secs(5), limit)
+}
+
+/// The same, with a limit of its own for each try.
+fn connect_each(targets: &[String], each: Duration, limit: Duration) -> Result<Link> {
     crate::wait::wait_for("a node that accepts clients", limit, || {
         let mut answers = Vec::new();
         for target in targets {
-            match Link::connect(target, Duration::from_secs(5)) {
+            match Link::connect(target, each) {
                 Ok(link) => return Ok(link),
                 Err(reason) => answers.push(format!("{target}: {reason}")),
             }

@@ -73,6 +73,13 @@ impl UnitModel {
         self.now = std::iter::once(self.stable).chain(self.since.iter().map(|s| s.value)).collect();
     }
 
+    /// After a loss of every node at once, `value` was read at tick `at`: it is what a flush from then on makes
+    /// stable. Until one does, a second loss may bring back anything that was not stable at the first: the
+    /// replicas need not have lost the same.
+    pub fn read_after_loss(&mut self, value: Value, at: u64) {
+        self.since.push(Since { value, acked: Some(at), fua: false });
+    }
+
     /// What was acknowledged before the tick `flushed` became stable.
     fn forget_flushed(&mut self, flushed: u64) {
         let stable = |s: &Since| s.acked.is_some_and(|at| s.fua || at < flushed);
@@ -135,6 +142,21 @@ mod tests {
         }
         assert!(unit.clone().observe(tag(1)).is_err(), "a flushed write was lost");
         assert!(unit.clone().observe(Value::Zero).is_err());
+    }
+
+    #[test]
+    fn a_flush_after_a_loss_makes_stable_what_is_left_not_what_was_lost() {
+        let mut unit = UnitModel::default();
+        unit.acked(tag(1), 10, false, 0);
+        unit.lose_power(0);
+        unit.observe(Value::Zero).unwrap();
+        unit.read_after_loss(Value::Zero, 20);
+        let mut unflushed = unit.clone();
+        unflushed.lose_power(15);
+        unflushed.observe(tag(1)).unwrap();
+        unit.lose_power(25);
+        assert!(unit.clone().observe(tag(1)).is_err(), "a lost write came back over flushed content");
+        unit.observe(Value::Zero).unwrap();
     }
 
     #[test]

@@ -10,7 +10,8 @@ mod nodes;
 mod tests;
 mod volumes;
 
-use crate::types::{Epoch, LogIndex};
+use crate::mutation::{Mutation, mutated};
+use crate::types::{Epoch, LogIndex, Reign};
 
 use super::command::{Applied, ClusterOp, Command, Leadership, RequestId};
 use super::state::{ClusterState, PROPOSALS_REMEMBERED_MAX, REQUESTS_REMEMBERED_MAX};
@@ -49,7 +50,18 @@ pub fn apply_under(
         state.applied = index;
         return None;
     }
-    Some(apply(state, index, command))
+    let applied = apply(state, index, command);
+    if mutated(Mutation::FenceByTerm) {
+        fence_by_term(state, index, leadership);
+    }
+    Some(applied)
+}
+
+/// Only for the mutation of that name: whoever takes over does so in the reign of the Raft term.
+fn fence_by_term(state: &mut ClusterState, index: LogIndex, leadership: Leadership) {
+    for v in state.volumes.values_mut().filter(|v| v.index == index && v.reign.0 == v.epoch.0) {
+        v.reign = Reign(leadership.term.min(v.epoch.0));
+    }
 }
 
 fn remember(state: &mut ClusterState, request: RequestId, applied: Applied) {

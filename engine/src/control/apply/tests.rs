@@ -244,6 +244,22 @@ fn r1_what_was_judged_under_another_leadership_has_no_effect_and_may_be_tried_ag
     assert_eq!(c.vol().primary, Some(member(2, 1)));
 }
 
+/// The data path is fenced by the reign: two primaries of one Raft term have two of them.
+#[test]
+fn every_change_of_primary_begins_a_reign_whatever_the_raft_term() {
+    let mut c = Cluster::pair();
+    let leadership = Leadership { term: 1, node: NodeId(3) };
+    for (number, to) in [(1, member(2, 1)), (2, member(1, 1))] {
+        let request =
+            RequestId { node: NodeId(3), incarnation: Incarnation::default(), volume: None, number };
+        let (before, index) = (c.vol().reign, LogIndex(c.state.applied.0 + 1));
+        let command = Command { request, only_under: Some(leadership), op: c.promote(to, false) };
+        assert!(apply_under(&mut c.state, index, leadership, command).unwrap().is_done());
+        assert!(c.vol().reign > before);
+        assert_eq!(c.vol().reign.0, c.vol().epoch.0);
+    }
+}
+
 #[test]
 fn r13_a_node_id_is_not_given_twice() {
     let mut c = Cluster::new(&[1, 2]);

@@ -1,5 +1,6 @@
 //! The rules about volumes: who may change what [R2, R6, R9, R10, R17, R18, R25].
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{
     Epoch, Geometry, LineageId, LogIndex, Member, NodeId, Proposal, ProposalKind, REPLICAS_MAX, Reign,
     ReplicaSlot, ReplicaView, SlotSet, VolumeId, VolumeSettings,
@@ -174,7 +175,7 @@ fn check_data_node(state: &ClusterState, node: NodeId) -> Result<(), Refusal> {
 /// [R2, R10]: only the newest registered run of a node may enter a config.
 fn check_newest(state: &ClusterState, member: Member) -> Result<(), Refusal> {
     match state.newest(member.node) {
-        Some(newest) if newest == member.incarnation => Ok(()),
+        Some(newest) if newest == member.incarnation || mutated(Mutation::R2) => Ok(()),
         Some(newest) => Err(format!(
             "{} runs as {newest} now, the request names run {}; look again and retry",
             member.node, member.incarnation
@@ -185,7 +186,7 @@ fn check_newest(state: &ClusterState, member: Member) -> Result<(), Refusal> {
 
 fn check_member(v: &VolumeRecord, member: Member) -> Result<(), Refusal> {
     match v.member(member.node) {
-        Some(named) if named == member => Ok(()),
+        Some(named) if named == member || mutated(Mutation::R10) => Ok(()),
         Some(named) => Err(format!(
             "{} is in sync as run {}, the request names run {}",
             member.node, named.incarnation, member.incarnation
@@ -355,7 +356,9 @@ fn force(
     if fork_epoch > v.epoch {
         return Err(format!("fork epoch {fork_epoch} lies beyond the volume's epoch {}", v.epoch));
     }
-    v.fork(lineage, fork_epoch);
+    if !mutated(Mutation::R17) {
+        v.fork(lineage, fork_epoch);
+    }
     v.in_sync.clear();
     insert_member(v, to)?;
     // Clear it first, so that a force onto the primary itself begins a reign, too.
@@ -374,7 +377,7 @@ fn resize(v: &mut VolumeRecord, size: u64, prepared: &[Prepared]) -> Result<(), 
     }
     for m in &v.in_sync {
         let ready = prepared.iter().find(|p| p.member == *m).map_or(0, |p| p.size);
-        if ready < size {
+        if ready < size && !mutated(Mutation::R25) {
             return Err(format!(
                 "{} is ready for {ready} bytes, not for {size}; prepare space and metadata on it first",
                 m.node

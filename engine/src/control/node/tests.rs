@@ -1,7 +1,7 @@
 //! Whole nodes over loopback TCP: founding, failover, restart, refusal of lost and foreign stores.
 
 use std::net::{SocketAddr, TcpListener as StdListener};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -27,9 +27,18 @@ struct Group {
     stopped: AtomicBool,
 }
 
+/// Addresses that nobody listens on, none given out twice. The ports lie below those that the kernel gives to
+/// outgoing connections: such a connection would keep a node from listening when it is started again.
 fn free_addrs(n: usize) -> Vec<SocketAddr> {
-    let listeners: Vec<_> = (0..n).map(|_| StdListener::bind("127.0.0.1:0").unwrap()).collect();
-    listeners.iter().map(|l| l.local_addr().unwrap()).collect()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Other test processes begin elsewhere.
+    let start = (std::process::id() % 8000) as u16;
+    let candidates =
+        (0..8000_u16).map(|_| 12_000 + start.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 8000);
+    let addrs = candidates.map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+    let free: Vec<_> = addrs.filter(|addr| StdListener::bind(addr).is_ok()).take(n).collect();
+    assert_eq!(free.len(), n, "no free ports on loopback");
+    free
 }
 
 fn kind(id: u64) -> NodeKind {

@@ -15,6 +15,7 @@ mod worker;
 
 use std::path::{Path, PathBuf};
 
+use crate::mutation::{Mutation, mutated};
 use crate::types::{ClusterId, Incarnation, NodeId};
 
 use super::environment::{Environment, StoreDir};
@@ -121,7 +122,7 @@ pub(super) fn open_uncounted(
         return Err(damaged(format!("the file `boot` beside it belongs to store {boot_store}")));
     }
     let boot = db.boot().map_err(|e| damaged(e.to_string()))?;
-    if boot < boot_file {
+    if boot < boot_file && !mutated(Mutation::R13) {
         return Err(ControlError::RolledBack { path, store: boot, file: boot_file });
     }
     Ok((db, identity, boot))
@@ -142,7 +143,7 @@ pub(super) fn open(env: &dyn Environment, dir: &Path, me: NodeId) -> Result<Open
     let cluster = db.cluster().map_err(damaged)?;
     let random = env.random().map_err(ControlError::io("cannot draw a random number"))?;
     let nonce = random as u64;
-    Ok(Opened { db, identity, incarnation: Incarnation { boot, nonce }, cluster })
+    Ok(Opened { db, identity, incarnation: Incarnation::of_start(boot, nonce), cluster })
 }
 
 /// Starts an existing store over under a new identity, in a new cluster [R13, R19].

@@ -13,6 +13,8 @@ pub(in super::super) struct TestDisk {
     pub(in super::super) meta: BTreeMap<u64, Vec<u8>>,
     /// Blocks that can't be read.
     pub(in super::super) bad: Vec<u64>,
+    /// Writing them does not mend them.
+    pub(in super::super) bad_for_good: bool,
     pub(in super::super) write_error: bool,
     pub(in super::super) flush_error: bool,
 }
@@ -25,6 +27,7 @@ impl TestDisk {
             stable: vec![0; blocks],
             meta: BTreeMap::new(),
             bad: Vec::new(),
+            bad_for_good: false,
             write_error: false,
             flush_error: false,
         }

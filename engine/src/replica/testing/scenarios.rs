@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::types::{Nanos, ProposalKind, ReplicaSlot};
+use crate::types::{Nanos, ProposalKind, ProposalOutcome, ReplicaSlot};
 
 use super::super::io::Event;
 use super::{Options, World, node};
@@ -359,9 +359,15 @@ fn r18_a_move_of_unknown_fate_is_voided_before_the_old_primary_serves_again() {
     world.pass(Duration::from_millis(200));
     world.settle();
     let (_, lost) = world.proposals.remove(0);
-    world.outcome_unknown(node(1), lost.id);
+    world.outcome(node(1), lost.id, ProposalOutcome::Unknown);
+    world.settle();
+    let (_, bump) = world.proposals.remove(0);
+    assert_eq!(bump.kind, ProposalKind::Bump);
+    world.outcome(node(1), bump.id, ProposalOutcome::Refused("the leader is busy".into()));
+    world.run(2);
     assert!(!world.replica(node(1)).serving(), "the move may still commit");
     world.hold_proposals = false;
+    world.pass(Duration::from_millis(200));
     world.run(2);
     assert_eq!(world.serving(), Some(node(1)), "the bump committed: the move never can");
     assert!(world.refuses(lost), "the old proposal expects an epoch that is over");
@@ -403,6 +409,32 @@ fn r21_only_the_newest_write_of_a_block_clears_its_bit() {
         world.settle();
     }
     world.clogged.clear();
+    world.converge();
+}
+
+#[test]
+fn without_a_fault_every_write_is_answered_and_nobody_leaves() {
+    let mut world = two();
+    let epoch = world.config.epoch;
+    for n in 0..150 {
+        world.write(node(1), n % 32, false);
+        world.run(1);
+        assert_eq!(world.waiting(node(1)), 0, "write {n}");
+    }
+    assert_eq!(world.config.epoch, epoch);
+    world.converge();
+}
+
+#[test]
+fn whoever_has_joined_again_stays_secondary() {
+    let mut world = two();
+    world.crash(node(1));
+    fail_over(&mut world);
+    assert_eq!(world.serving(), Some(node(2)));
+    world.start(node(1));
+    world.run(100);
+    assert!(world.all_in_sync(), "{:#?}", world.summary());
+    assert_eq!(world.serving(), Some(node(2)), "no rule moves the role back");
     world.converge();
 }
 

@@ -33,6 +33,18 @@ fn a_write_error_hands_the_role_over_and_the_client_never_sees_it() {
 }
 
 #[test]
+fn whoever_has_joined_again_stays_secondary() {
+    let mut world = two();
+    world.crash(node(1));
+    world.run(60);
+    assert_eq!(world.serving(), Some(node(2)));
+    world.start(node(1));
+    world.run(100);
+    assert!(world.all_in_sync(), "{:#?}", world.summary());
+    assert_eq!(world.serving(), Some(node(2)), "no rule moves the role back");
+}
+
+#[test]
 fn a_flush_error_fails_the_replica_at_once_and_is_not_retried() {
     let mut world = two();
     world.write(node(1), 1, false);

@@ -7,7 +7,7 @@ use crate::meta::Area;
 use crate::types::{Durability, Nanos, ReplicaSlot};
 use crate::wire::{PeerMsg, WriteSeq};
 
-use super::super::io::{Event, PeerInput};
+use super::super::io::{ClientInput, ClientOp, ClientRequest, ConnId, Cookie, Event, PeerInput};
 use super::world::{BLOCK, Hang};
 use super::{Options, World, node};
 
@@ -637,6 +637,45 @@ fn r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_under_way() {
     assert!(dirty(&mut world, 1, 1, 40));
     world.disconnect(node(1), node(2));
     world.converge();
+}
+
+#[test]
+fn r22_a_set_waits_for_a_write_of_its_own_behind_that_of_the_clear() {
+    let mut world = world(2);
+    world.write(node(1), 3, false);
+    world.run(1);
+    let layout = world.image(node(1)).layout();
+    let (from, to) = (layout.area(Area::Intent).offset(), layout.area(Area::Dirty(ReplicaSlot(0))).offset());
+    hang(&mut world, 1, Hang::Meta(from, to));
+    for _ in 0..60 {
+        let set = intents(&mut world, 1) > 0;
+        world.run(u32::from(set));
+    }
+    assert_eq!(intents(&mut world, 1), 0, "cleared in memory, on its way to the disk");
+    world.write(node(1), 3, false);
+    world.settle();
+    assert_eq!(world.waiting(node(1)), 1, "the intent is not on the disk");
+    return_all(&mut world);
+    world.run(1); // the world looks at the disk before every write and every send
+    assert_eq!(world.waiting(node(1)), 0);
+    world.converge();
+}
+
+#[test]
+fn overlapping_writes_are_carried_out_in_the_same_order_everywhere() {
+    let mut world = world(2);
+    world.clogged.insert(node(2));
+    world.write(node(1), 5, false);
+    // Of a connection that the history does not follow: that one knows one write per block at a time.
+    let (conn, cookie, offset) = (ConnId(u64::MAX), Cookie(1), 5 * BLOCK);
+    let zero = ClientRequest { conn, cookie, op: ClientOp::Zero, offset, len: BLOCK, fua: false };
+    let now = Nanos(world.now);
+    world.replica(node(1)).handle_client(now, ClientInput::Request(zero));
+    world.collect(node(1));
+    world.settle();
+    world.clogged.clear();
+    world.run(2);
+    assert_eq!([1, 2].map(|id| world.nodes[&node(id)].disk.data[5]), [0, 0], "the later one wins on both");
 }
 
 #[test]

@@ -291,6 +291,26 @@ fn a_write_error_of_the_only_member_is_told_and_a_resync_under_way_begins_anew()
     world.converge();
 }
 
+/// Found by random disk faults on real processes: the client got an I/O error although the other member had
+/// the block.
+#[test]
+fn r20_a_disk_that_does_not_keep_a_mended_edge_hands_the_role_over() {
+    let mut world = two();
+    world.write(node(1), 10, false);
+    world.run(2);
+    let disk = &mut world.nodes.get_mut(&node(1)).unwrap().disk;
+    (disk.bad, disk.bad_for_good) = (vec![10], true);
+    world.write_bytes(node(1), 10 * BLOCK + 100, 200, false);
+    world.run(5);
+    let failure = world.replica(node(1)).status().failure.clone().unwrap_or_default();
+    assert!(failure.contains("rewritten"), "{failure}");
+    assert_eq!(world.config.primary.map(|m| m.node), Some(node(2)));
+    let disk = &mut world.nodes.get_mut(&node(1)).unwrap().disk;
+    (disk.bad, disk.bad_for_good) = (Vec::new(), false);
+    world.crash(node(1));
+    world.converge();
+}
+
 #[test]
 fn a_repair_that_a_change_of_reign_interrupts_releases_its_buffer_once() {
     let mut world = two();
@@ -351,6 +371,24 @@ fn r20_a_repair_does_not_wait_for_ever_for_a_member_whose_disk_hangs() {
     assert_eq!(world.waiting(node(1)), 1);
     world.run(220);
     assert_eq!(world.waiting(node(1)), 0, "node 2 was removed: nobody has a copy in reach");
+    world.converge();
+}
+
+#[test]
+fn r20_a_block_that_a_resync_cannot_read_at_its_source_is_mended_from_another_member() {
+    let mut world = three();
+    world.crash(node(3));
+    world.run(20);
+    let tag = world.write(node(1), 10, false);
+    world.run(60);
+    let disk = &mut world.nodes.get_mut(&node(1)).unwrap().disk;
+    disk.bad = vec![10];
+    disk.data[10] = 0;
+    world.start(node(3));
+    world.run(120);
+    assert!(world.all_in_sync(), "{:#?}", world.summary());
+    assert_eq!(world.nodes[&node(1)].disk.data[10], tag);
+    assert_eq!(world.nodes[&node(3)].disk.data[10], tag);
     world.converge();
 }
 

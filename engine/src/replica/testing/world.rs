@@ -349,9 +349,9 @@ impl World {
         self.write(id, block, false)
     }
 
-    pub(in super::super) fn outcome_unknown(&mut self, id: NodeId, proposal: ProposalId) {
+    pub(in super::super) fn outcome(&mut self, id: NodeId, proposal: ProposalId, outcome: ProposalOutcome) {
         let now = Nanos(self.now);
-        self.replica(id).handle_proposal(now, proposal, ProposalOutcome::Unknown);
+        self.replica(id).handle_proposal(now, proposal, outcome);
         self.collect(id);
     }
 
@@ -684,7 +684,8 @@ impl World {
                 if n.disk.write_error {
                     return Err(DiskErrorKind::Io);
                 }
-                n.disk.bad.retain(|b| !blocks.contains(BlockIndex(*b)));
+                let for_good = n.disk.bad_for_good;
+                n.disk.bad.retain(|b| for_good || !blocks.contains(BlockIndex(*b)));
                 self.land(id, op);
                 Ok(DiskResult::Done)
             }
