@@ -8,13 +8,14 @@ use blkrepl_engine::replica::{
     Boot, ClientInput, DiskOp, Event as CoreEvent, Lease, Output, PeerInput, Replica,
 };
 use blkrepl_engine::types::{
-    Epoch, Health, Incarnation, LineageId, Member, Nanos, NodeId, ProposalOutcome, Reign, ReplicaReport,
-    ReplicaSlot, SuperblockTrust,
+    Epoch, Health, Incarnation, LineageId, Member, Nanos, NodeId, ProposalKind, ProposalOutcome, Reign,
+    ReplicaReport, ReplicaSlot, SuperblockTrust,
 };
 use blkrepl_engine::wire::{BaseContent, SessionId};
 
 use crate::clock::{MS, S, US};
 use crate::node::{Mail, Phase};
+use crate::outcome::Invariant;
 use crate::world::{Event, NodeEvent, VOLUME, World};
 
 /// First pause before a redial; doubles up to the longest.
@@ -60,6 +61,11 @@ impl World {
                     format_args!("proposes {:?} at epoch {}", proposal.kind, proposal.expected_epoch),
                 );
                 self.stats.saw(proposal_name(&proposal.kind));
+                let planned = matches!(proposal.kind, ProposalKind::Move(_) | ProposalKind::Demote);
+                if planned && !self.node_ref(id).asked_to_give_up {
+                    let text = format!("{id} proposes {:?}, which nobody asked for", proposal.kind);
+                    self.broke(Invariant::NoFailback, text);
+                }
                 self.control.propose(self.now, id, proposal);
             }
             Output::CloseSession(session, reason) => {
@@ -368,7 +374,7 @@ fn no_report() -> ReplicaReport {
     }
 }
 
-fn proposal_name(kind: &blkrepl_engine::types::ProposalKind) -> &'static str {
+fn proposal_name(kind: &ProposalKind) -> &'static str {
     use blkrepl_engine::types::ProposalKind as K;
     match kind {
         K::Remove(_) => "proposal remove",

@@ -109,6 +109,8 @@ pub(crate) struct Node {
     pub(crate) replicas_made: u64,
     /// It has served since it was named the only member.
     pub(crate) served_in: u64,
+    /// An operator asked this run of the process to move the role or to give it up.
+    pub(crate) asked_to_give_up: bool,
 }
 
 impl Node {
@@ -145,6 +147,7 @@ impl Node {
             emptied_boot: 0,
             replicas_made: 0,
             served_in: 0,
+            asked_to_give_up: false,
         }
     }
 
@@ -240,6 +243,7 @@ impl Node {
         self.mail.clear();
         self.reported = None;
         self.paused_until = 0;
+        self.asked_to_give_up = false;
     }
 
     /// Regions whose intent is durable here, as bits.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use blkrepl_engine::control::ClusterState;
 use blkrepl_engine::meta::DataIdentity;
+use blkrepl_engine::mutation::{Mutation, mutated};
 use blkrepl_engine::replica::{ClientInput, ConnId, DiskOpId};
 use blkrepl_engine::types::{
     Durability, Geometry, Incarnation, NodeId, REGION_SIZE_DEFAULT, VolumeId, VolumeSettings,
@@ -375,7 +376,7 @@ impl World {
             NodeEvent::Up(conn, side) => self.session_up(id, conn, side),
             NodeEvent::Request(conn, op) => self.request_arrives(id, conn, op),
             NodeEvent::ClientGone(conn) => {
-                if self.node(id).clients.remove(&conn).is_some() {
+                if !mutated(Mutation::R24) && self.node(id).clients.remove(&conn).is_some() {
                     self.input(id, |r, now| r.handle_client(now, ClientInput::Closed(conn)));
                 }
             }

@@ -70,7 +70,7 @@ macro_rules! table {
     };
 }
 
-use By::{Seeds, Test};
+use By::{Model, Seeds, Test};
 use FaultKind as K;
 
 #[rustfmt::skip] // One mutation after the other, with the tests below it, is easier to read.
@@ -102,7 +102,7 @@ table! {
     R9: Seeds(Aim::at(&[K::PowerLoss, K::Isolate])), [
         "replica::testing::scenarios_rules::r9_no_removal_is_proposed_before_the_own_flush",
         "replica::testing::scenarios_rules::r9_a_new_primary_flushes_what_it_acknowledged_as_a_secondary_before_it_serves"];
-    R10: Seeds(Aim::at(&[K::PowerLoss, K::SlowControl])), [
+    R10: Model("a restarted member's flush has to count and it has to be elected, all before its removal commits"), [
         "replica::testing::scenarios::r2_r10_a_restarted_member_counts_for_nothing_until_it_has_joined_again"];
     R11: Seeds(Aim::ANY), [
         "replica::testing::scenarios::r11_a_new_primary_serves_nothing_before_the_other_members_follow_it",
@@ -126,7 +126,8 @@ table! {
         "replica::testing::scenarios_rules::r16_a_follower_answers_nothing_under_a_config_that_its_superblock_does_not_hold"];
     R17: Seeds(Aim::at(&[K::Force])), [
         "control::apply::tests::r17_a_force_forks_the_lineage_and_begins_a_reign"];
-    R18: Seeds(Aim::at(&[K::Move, K::LostCommand, K::SlowControl])), [
+    R18: Seeds(Aim::at(&[K::Move])), [
+        "replica::testing::scenarios::r18_a_move_stops_drains_flushes_and_only_then_proposes",
         "replica::testing::scenarios::r18_a_move_of_unknown_fate_is_voided_before_the_old_primary_serves_again"];
     R19: Test("the control network between two clusters, which the simulator has not"), [
         "control::rpc::tests::r19_another_cluster_is_refused_and_a_new_node_adopts_one_from_its_contacts_only"];
@@ -140,7 +141,7 @@ table! {
         "replica::testing::scenarios_rules::r22_a_set_waits_for_a_write_of_its_own_behind_that_of_the_clear"];
     R23: Seeds(Aim::ANY), [
         "replica::testing::scenarios::r23_a_primary_in_another_reign_drops_its_requests_and_closes_the_connections"];
-    R24: Seeds(Aim::at(&[K::ClientLoss])), [
+    R24: Seeds(Aim::at(&[K::ClientUnread])), [
         "replica::testing::scenarios::r24_a_closed_connection_starts_nothing_any_more",
         "reactor::tests::clients::r24_a_shut_down_client_is_found_before_the_ring_reports_it"];
     R25: Test("resize, whose data side is not built"), [
