@@ -75,7 +75,7 @@ mutations! {
     R16 = "r16",
     /// R17: a forced promotion goes on in the same lineage (`apply::volumes::force`).
     R17 = "r17",
-    /// R18: a move of unknown fate counts as failed, so the old primary serves again (`proposal_unknown`).
+    /// R18: the old primary serves on while a move is decided, and after one of unknown fate (`can_start`).
     R18 = "r18",
     /// R19: a node of another cluster is believed (`Receiver::check`).
     R19 = "r19",

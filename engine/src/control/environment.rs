@@ -19,6 +19,7 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::types::Nanos;
 
 use super::random::random_u128;
+use super::state::ClusterState;
 use super::store::StoreWorker;
 
 /// Something that takes its time.
@@ -135,6 +136,8 @@ pub trait Environment: Send + Sync {
     /// # Errors
     /// It cannot be started.
     fn start_store(&self, worker: StoreWorker) -> io::Result<()>;
+    /// A committed entry is about to take effect here: the state after it. For checks; changes nothing.
+    fn applied(&self, _state: &ClusterState) {}
 }
 
 /// The operating system: tokio's sockets, files, a thread for the store.

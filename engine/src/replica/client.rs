@@ -11,7 +11,7 @@ use crate::types::{BlockRange, ByteRange};
 
 use super::Replica;
 use super::io::{ClientError, ClientOp, ClientRequest, ConnId, Cookie, Output, ReplyData};
-use super::primary::{Held, LockOwner, Op, OpId, Stage};
+use super::primary::{Held, LockOwner, Op, OpId, Primary, Stage};
 use crate::wire::BufId;
 
 /// Most requests that may have started and not been answered; later ones wait in the queue.
@@ -100,7 +100,8 @@ impl Replica {
     }
 
     fn can_start(&self) -> bool {
-        self.primary.as_ref().is_some_and(|p| p.serving() && p.hold.is_none())
+        let held = |p: &Primary| !p.hold.is_none() && !mutated(Mutation::R18);
+        self.primary.as_ref().is_some_and(|p| p.serving() && !held(p))
             && self.stop.is_no()
             && self.failure.is_none()
             && self.config_usable()
@@ -175,8 +176,8 @@ impl Replica {
     }
 
     fn op_granted(&mut self, id: OpId) {
-        let Some(primary) = &self.primary else { return };
-        let op = &primary.ops[&id];
+        // A request that is being thrown away may still be let in by one that was thrown away before it.
+        let Some(op) = self.primary.as_ref().and_then(|p| p.ops.get(&id)) else { return };
         match (op.stage, op.request.op) {
             (Stage::Repair, _) => self.ask_for_repair(id),
             (_, ClientOp::Read) => self.begin_read(id),

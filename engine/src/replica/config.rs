@@ -30,6 +30,13 @@ impl Replica {
             self.leave_reign(&config);
         }
         self.follow_replicas(&config);
+        if config.in_sync.contains(&self.me) && !self.belongs_to(&config) {
+            return self.fail(
+                "the config names this run as in sync, but its copy was made anew since; restart the node, it will \
+                 be resynced"
+                    .into(),
+            );
+        }
         self.follow_membership(old.as_ref(), &config);
         self.record_config(&config);
         self.event(Event::ConfigFollowed { epoch: config.epoch, reign: config.reign });
@@ -38,6 +45,12 @@ impl Replica {
         } else if self.primary.is_some() {
             self.config_changed_as_primary(old.as_ref());
         }
+    }
+
+    /// True if the set can mean this very copy: it was a member's when it was opened, or has been resynced
+    /// since, or an operator forced it. Otherwise the set means a copy that this run had before [R10].
+    fn belongs_to(&self, config: &ConfigView) -> bool {
+        self.belongs || config.lineage != self.store.superblock().lineage
     }
 
     fn not_ours(&mut self, config: &ConfigView) {

@@ -52,6 +52,7 @@ impl Replica {
             if everything {
                 sb.member = None;
                 sb.chain.clear();
+                sb.epoch = Epoch(0);
                 sb.base = BaseContent::Unknown;
             }
         });
@@ -72,6 +73,7 @@ impl Replica {
         if ready {
             let (session, reign, id) = (flush.session, flush.reign, flush.id);
             self.following.joining.flush = None;
+            self.belongs = true;
             self.send(session, PeerMsg::JoinFlushAck { reign, id });
         }
     }

@@ -57,7 +57,7 @@ use std::time::Duration;
 use crate::meta::{CHAIN_MAX, Image};
 use crate::mutation::{Mutation, mutated};
 use crate::types::{
-    ConfigView, Geometry, Incarnation, Member, Nanos, NodeId, ProposalId, ProposalOutcome, Reign,
+    ConfigView, Epoch, Geometry, Incarnation, Member, Nanos, NodeId, ProposalId, ProposalOutcome, Reign,
     ReplicaSlot, SuperblockTrust, VolumeSettings,
 };
 use crate::wire::{BufId, PeerMsg, SessionId};
@@ -124,6 +124,8 @@ pub struct Replica {
     primary: Option<Box<Primary>>,
     stop: Stop,
     failure: Option<String>,
+    /// A set that names this run can mean this copy.
+    belongs: bool,
     was_clean: bool,
     same_os_boot: bool,
     writes_acked: u64,
@@ -149,11 +151,14 @@ impl Replica {
             store.change_superblock(|sb| {
                 sb.member = None;
                 sb.chain.clear();
+                // Its content is of no epoch: should it be promoted by force, nothing is in common [R17].
+                sb.epoch = Epoch(0);
                 sb.base = crate::wire::BaseContent::Unknown;
                 // A resync that was under way went to the other data object: it does not go on here.
                 sb.inconsistent = None;
             });
         }
+        let belongs = store.superblock().member.is_some();
         let mut replica = Self {
             me: boot.me,
             os_boot: boot.os_boot,
@@ -174,6 +179,7 @@ impl Replica {
             primary: None,
             stop: Stop::No,
             failure: None,
+            belongs,
             was_clean,
             same_os_boot,
             writes_acked: 0,

@@ -112,6 +112,11 @@ impl Replica {
         let (lock, granted) = primary.locks.acquire(blocks, true, LockOwner::Op(id));
         if let Some(op) = primary.ops.get_mut(&id) {
             op.lock = Some(lock);
+            if !granted {
+                // What comes in between may mend the block by overwriting it: it is read once more.
+                op.stage = Stage::Lock;
+                op.repair = None;
+            }
         }
         for owner in let_in {
             self.range_granted(owner);

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::mutation::{Mutation, mutated};
 use crate::types::{
-    BlockRange, ConfigView, Incarnation, Member, Nanos, NodeId, RegionIndex, Reign, ReplicaSlot,
+    BlockRange, ConfigView, Epoch, Incarnation, Member, Nanos, NodeId, RegionIndex, Reign, ReplicaSlot,
     ResyncProgress, SuperblockTrust,
 };
 use crate::wire::{BaseContent, PeerMsg, PeerReport, RunsKind, WriteSeq};
@@ -132,10 +132,12 @@ pub(super) fn judge(
     let blank = report.member.is_none() && report.inconsistent.is_none();
     // A later lineage may have started from an older epoch than an earlier one did.
     let forks = config.history.iter().skip_while(|f| f.lineage != report.lineage).map(|f| f.fork_epoch);
+    let mut common = None;
     let foreign = if report.lineage == config.lineage || report.trust == SuperblockTrust::None {
         false
-    } else if let Some(common) = forks.min() {
-        report.epoch > common
+    } else if let Some(epoch) = forks.min() {
+        common = Some(epoch);
+        report.epoch > epoch
     } else if blank && report.base == BaseContent::Zero {
         false
     } else {
@@ -150,6 +152,13 @@ pub(super) fn judge(
     }
     let resumed = report.inconsistent.is_some_and(|mark| mark.reign == config.reign && mark.source == me);
     let last_member = config.replica(node).and_then(|r| r.last_member);
+    if common == Some(Epoch(0)) && !resumed {
+        // The copy that the lineage went on from was never in sync, so no bitmap says what it lacks [R17].
+        return Verdict::Everything {
+            foreign,
+            reason: "the present lineage began from a copy that shares nothing",
+        };
+    }
     match (report.member, report.base) {
         (Some(member), _) if Some(member) == last_member => {
             Verdict::Known { foreign, reason: "it was in sync before" }

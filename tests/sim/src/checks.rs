@@ -95,7 +95,9 @@ impl World {
             self.stats.saw("error answered");
             return;
         }
-        self.broke(Invariant::Answered, format!("{id} answers operation {op} with {error:?} for no reason"));
+        let bad = &self.node_ref(id).disk.bad;
+        let text = format!("{id} answers operation {op} with {error:?} for no reason (unreadable: {bad:?})");
+        self.broke(Invariant::Answered, text);
     }
 
     /// Invariant 1, and what R14 adds for the only member: every member holds what was acknowledged.

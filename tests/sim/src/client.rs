@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 
+use blkrepl_engine::mutation::{Mutation, mutated};
 use blkrepl_engine::replica::{ClientError, ClientInput, ClientOp, ClientRequest, ConnId, Cookie, ReplyData};
 use blkrepl_engine::types::NodeId;
 
@@ -124,7 +125,7 @@ impl World {
         // Its older connections there have ended before: their end was sent first [R24].
         let older: Vec<ConnId> =
             n.clients.iter().filter(|(_, whose)| **whose == client).map(|(conn, _)| *conn).collect();
-        for conn in older {
+        for conn in older.into_iter().filter(|_| !mutated(Mutation::R24)) {
             self.node(id).clients.remove(&conn);
             self.input(id, |r, now| r.handle_client(now, ClientInput::Closed(conn)));
         }
@@ -233,6 +234,12 @@ impl World {
                 ),
             );
         }
+    }
+
+    /// The node reads nothing of the client's connection before `until`.
+    pub(crate) fn leaves_unread(&mut self, client: usize, until: Time) {
+        let c = &mut self.clients[client];
+        c.sent_at = c.sent_at.max(until);
     }
 
     /// A request reaches the node.

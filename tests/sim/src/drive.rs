@@ -3,17 +3,19 @@
 //! causes fed back before anything else happens.
 
 use blkrepl_engine::meta::Superblock;
+use blkrepl_engine::mutation::{Mutation, mutated};
 use blkrepl_engine::replica::{
     Boot, ClientInput, DiskOp, Event as CoreEvent, Lease, Output, PeerInput, Replica,
 };
 use blkrepl_engine::types::{
-    Epoch, Health, Incarnation, LineageId, Member, Nanos, NodeId, ProposalOutcome, Reign, ReplicaReport,
-    ReplicaSlot, SuperblockTrust,
+    Epoch, Health, Incarnation, LineageId, Member, Nanos, NodeId, ProposalKind, ProposalOutcome, Reign,
+    ReplicaReport, ReplicaSlot, SuperblockTrust,
 };
 use blkrepl_engine::wire::{BaseContent, SessionId};
 
 use crate::clock::{MS, S, US};
 use crate::node::{Mail, Phase};
+use crate::outcome::Invariant;
 use crate::world::{Event, NodeEvent, VOLUME, World};
 
 /// First pause before a redial; doubles up to the longest.
@@ -23,12 +25,19 @@ pub(crate) const REDIAL_MAX: u64 = 500 * MS;
 impl World {
     /// Gives the core one input, then carries out all that follows.
     pub(crate) fn input(&mut self, id: NodeId, give: impl FnOnce(&mut Replica, Nanos)) {
+        let local = self.reads_time(id);
+        let Some(replica) = self.node(id).replica.as_mut() else { return };
+        give(replica, local);
+        self.settle(id);
+    }
+
+    /// The time that goes with an input, read after the input was reaped [R27].
+    fn reads_time(&mut self, id: NodeId) -> Nanos {
         let now = self.now;
         let n = self.node(id);
         let local = n.clock.local(now);
-        let Some(replica) = n.replica.as_mut() else { return };
-        give(replica, local);
-        self.settle(id);
+        let before = std::mem::replace(&mut n.time_read, local);
+        if mutated(Mutation::R27) { before } else { local }
     }
 
     /// Carries out everything that the core puts out, until nothing is left.
@@ -52,6 +61,11 @@ impl World {
                     format_args!("proposes {:?} at epoch {}", proposal.kind, proposal.expected_epoch),
                 );
                 self.stats.saw(proposal_name(&proposal.kind));
+                let planned = matches!(proposal.kind, ProposalKind::Move(_) | ProposalKind::Demote);
+                if planned && !self.node_ref(id).asked_to_give_up {
+                    let text = format!("{id} proposes {:?}, which nobody asked for", proposal.kind);
+                    self.broke(Invariant::NoFailback, text);
+                }
                 self.control.propose(self.now, id, proposal);
             }
             Output::CloseSession(session, reason) => {
@@ -64,7 +78,7 @@ impl World {
                 for (conn, client) in clients {
                     let late = self.rng.skewed(5 * US, MS);
                     self.tell_closed(id, conn, client, late);
-                    let local = self.node_ref(id).clock.local(self.now);
+                    let local = self.reads_time(id);
                     if let Some(r) = self.node(id).replica.as_mut() {
                         r.handle_client(local, ClientInput::Closed(conn));
                     }
@@ -198,7 +212,7 @@ impl World {
         match n.disk.image(&others) {
             Ok(mut image) => {
                 let data_replaced = image.superblock.identity != n.disk.identity;
-                if data_replaced {
+                if data_replaced && !mutated(Mutation::R15) {
                     // As `engine::reactor::open` does it [R15].
                     image.superblock.identity = n.disk.identity;
                     image.superblock.base = BaseContent::Unknown;
@@ -208,6 +222,7 @@ impl World {
                 let (me, os_boot) = (n.me(), n.os_boot);
                 n.replica = Some(Replica::new(Boot { me, os_boot, image, data_replaced, now: local }));
                 n.phase = Phase::Running;
+                n.time_read = local;
             }
             Err(reason) => {
                 self.note(id, format_args!("cannot open its files: {reason}"));
@@ -323,7 +338,7 @@ impl World {
     pub(crate) fn close_session(&mut self, id: NodeId, session: SessionId) {
         let Some(end) = self.node(id).sessions.remove(&session) else { return };
         self.close_end(end.conn, end.side);
-        let local = self.node_ref(id).clock.local(self.now);
+        let local = self.reads_time(id);
         if let Some(r) = self.node(id).replica.as_mut() {
             r.handle_peer(local, PeerInput::Down(session));
         }
@@ -359,7 +374,7 @@ fn no_report() -> ReplicaReport {
     }
 }
 
-fn proposal_name(kind: &blkrepl_engine::types::ProposalKind) -> &'static str {
+fn proposal_name(kind: &ProposalKind) -> &'static str {
     use blkrepl_engine::types::ProposalKind as K;
     match kind {
         K::Remove(_) => "proposal remove",

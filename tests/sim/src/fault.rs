@@ -110,6 +110,8 @@ kinds! {
     LostCommand = "lost_command",
     /// Commands reach the log twice.
     DoubledCommand = "doubled_command",
+    /// A node leaves a connection unread until after its client has given up and come back.
+    ClientUnread = "client_unread",
 }
 
 /// A set of kinds.
@@ -161,7 +163,7 @@ pub(crate) struct Strike {
 fn strikes(kind: FaultKind) -> (u64, u64) {
     use FaultKind as K;
     match kind {
-        K::CorruptFrame | K::TruncateFrame | K::ConnectionLoss | K::ClientLoss => (1, 12),
+        K::CorruptFrame | K::TruncateFrame | K::ConnectionLoss | K::ClientLoss | K::ClientUnread => (1, 12),
         K::SlowLink | K::SlowDisk | K::OneWay | K::HalfOpen | K::DuplicateConnection => (1, 6),
         K::Crash | K::PowerLoss | K::Pause | K::Move | K::Promote | K::Election => (1, 8),
         K::DoubledCommand | K::LostCommand | K::StaleView | K::SlowControl => (1, 6),

@@ -9,6 +9,7 @@
 use blkrepl_engine::replica::Replica;
 use blkrepl_engine::types::{Member, NodeId, SuperblockTrust};
 
+use crate::client::ClientEvent;
 use crate::clock::{MS, S, Time};
 use crate::content::{ROT, SECTORS, at};
 use crate::control::Disturbance;
@@ -58,6 +59,7 @@ impl World {
                 self.strike_conn(kind, rng)
             }
             K::ClientLoss => self.lose_client(rng),
+            K::ClientUnread => self.leave_unread(rng),
             K::SlowDisk
             | K::HungIo
             | K::WriteError
@@ -202,6 +204,19 @@ impl World {
         let life = c.life;
         self.queue.push(self.now + wait, Event::Node(c.node, life, NodeEvent::ClientGone(c.conn)));
         self.connection_over(client);
+        true
+    }
+
+    /// What a client asks from now on is not read for a while; it loses patience before that [R24].
+    fn leave_unread(&mut self, rng: &mut Rng) -> bool {
+        let client = at(rng.below(self.shape.clients));
+        let Some(c) = self.clients[client].connection else { return false };
+        let unread = rng.skewed(20 * MS, S);
+        self.leaves_unread(client, self.now + unread);
+        let patience = rng.between(MS, unread / 2);
+        let gone = Event::Node(c.node, c.life, NodeEvent::ClientGone(c.conn));
+        self.queue.push(self.now + patience + rng.skewed(10_000, 5 * MS), gone);
+        self.queue.push(self.now + patience, Event::Client(client, ClientEvent::Closed { conn: c.number }));
         true
     }
 

@@ -75,6 +75,10 @@ pub(crate) struct Node {
     pub(crate) clock: Clock,
     pub(crate) os_boot: u128,
     pub(crate) paused_until: Time,
+    /// What the clock showed when the replica was opened, then at its last input.
+    pub(crate) time_read: Nanos,
+    /// How often its process was started; what is on its way to an older run is dropped.
+    pub(crate) starts: u64,
     pub(crate) incarnation: Incarnation,
     pub(crate) phase: Phase,
     pub(crate) replica: Option<Replica>,
@@ -105,6 +109,8 @@ pub(crate) struct Node {
     pub(crate) replicas_made: u64,
     /// It has served since it was named the only member.
     pub(crate) served_in: u64,
+    /// An operator asked this run of the process to move the role or to give it up.
+    pub(crate) asked_to_give_up: bool,
 }
 
 impl Node {
@@ -116,6 +122,8 @@ impl Node {
             clock,
             os_boot: u128::from(id.0) << 64,
             paused_until: 0,
+            time_read: Nanos(0),
+            starts: 0,
             incarnation: Incarnation { boot: 0, nonce: id.0 },
             phase: Phase::Down,
             replica: None,
@@ -139,6 +147,7 @@ impl Node {
             emptied_boot: 0,
             replicas_made: 0,
             served_in: 0,
+            asked_to_give_up: false,
         }
     }
 
@@ -147,7 +156,7 @@ impl Node {
     }
 
     pub(crate) fn life(&self) -> Life {
-        Life { boot: self.incarnation.boot, replica: self.replicas_made }
+        Life { boot: self.starts, replica: self.replicas_made }
     }
 
     pub(crate) fn is_up(&self) -> bool {
@@ -234,6 +243,7 @@ impl Node {
         self.mail.clear();
         self.reported = None;
         self.paused_until = 0;
+        self.asked_to_give_up = false;
     }
 
     /// Regions whose intent is durable here, as bits.

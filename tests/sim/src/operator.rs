@@ -91,6 +91,7 @@ impl World {
             begun = said.is_ok();
         });
         self.note("OPERATOR", format_args!("{what} at {}: {said:?}", primary.node));
+        self.node(primary.node).asked_to_give_up |= begun;
         begun
     }
 

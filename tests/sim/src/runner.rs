@@ -40,6 +40,12 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
     simulate(|| World::new(seed, options))
 }
 
+/// Runs one seed with the production control plane, Raft and all, in lockstep.
+#[must_use]
+pub fn run_lockstep(seed: u64, options: &Options) -> Outcome {
+    simulate(|| World::lockstep(seed, options))
+}
+
 /// Runs a world to its end.
 pub(crate) fn simulate(make: impl FnOnce() -> World) -> Outcome {
     catch_panics();

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use blkrepl_engine::control::ClusterState;
 use blkrepl_engine::meta::DataIdentity;
+use blkrepl_engine::mutation::{Mutation, mutated};
 use blkrepl_engine::replica::{ClientInput, ConnId, DiskOpId};
 use blkrepl_engine::types::{
     Durability, Geometry, Incarnation, NodeId, REGION_SIZE_DEFAULT, VolumeId, VolumeSettings,
@@ -18,6 +19,7 @@ use crate::control::{ControlOutput, ControlPlane, Model};
 use crate::disk::Disk;
 use crate::fault::{FaultKind, Strike};
 use crate::history::History;
+use crate::lockstep::Real;
 use crate::net::{Conn, Link};
 use crate::node::{Mail, Node, Phase};
 use crate::operator::Operator;
@@ -191,6 +193,14 @@ impl World {
         Self::around(control, rng, shape, options)
     }
 
+    /// A world around the control plane of production.
+    pub(crate) fn lockstep(seed: u64, options: &Options) -> Self {
+        let mut rng = Rng::new(seed);
+        let shape = Shape::draw(&mut rng, options);
+        let control = Box::new(Real::new(rng.fork(), shape.data, shape.lease));
+        Self::around(control, rng, shape, options)
+    }
+
     /// A world around any control plane.
     pub(crate) fn around(
         control: Box<dyn ControlPlane>,
@@ -209,12 +219,14 @@ impl World {
             let clock = Clock::new(0, rng.between(1, 900) * S, if drifts { drawn } else { 0 });
             let disk =
                 Disk::blank(shape.geometry, VOLUME, DataIdentity([u8::try_from(id).expect("few nodes"); 32]));
-            nodes.push(Node::new(NodeId(id), clock, disk));
+            let mut node = Node::new(NodeId(id), clock, disk);
+            node.incarnation.boot = control.boots();
+            nodes.push(node);
         }
         let links = at(shape.data + 2);
         let sectors = shape.geometry.blocks() * SECTORS;
         let clients = (0..shape.clients).map(|_| Client::new(shape.data, &mut rng)).collect();
-        let committed = control.committed();
+        let (committed, boots) = (control.committed(), control.boots());
         let mut world = Self {
             now: 0,
             options: options.clone(),
@@ -224,7 +236,7 @@ impl World {
             committed,
             nodes,
             witness_up: false,
-            witness_boot: 0,
+            witness_boot: boots,
             conns: Vec::new(),
             links: vec![Link::default(); links * links],
             clients,
@@ -364,7 +376,7 @@ impl World {
             NodeEvent::Up(conn, side) => self.session_up(id, conn, side),
             NodeEvent::Request(conn, op) => self.request_arrives(id, conn, op),
             NodeEvent::ClientGone(conn) => {
-                if self.node(id).clients.remove(&conn).is_some() {
+                if !mutated(Mutation::R24) && self.node(id).clients.remove(&conn).is_some() {
                     self.input(id, |r, now| r.handle_client(now, ClientInput::Closed(conn)));
                 }
             }
@@ -416,7 +428,7 @@ impl World {
             if !self.witness_up {
                 self.witness_up = true;
                 self.witness_boot += 1;
-                let incarnation = Incarnation { boot: self.witness_boot, nonce };
+                let incarnation = Incarnation::of_start(self.witness_boot, nonce);
                 let clock = Clock::new(0, S, 0);
                 let run = crate::control::Run { incarnation, os_boot: 1, clock };
                 self.control.start(self.now, id, run);
@@ -427,7 +439,8 @@ impl World {
             return;
         }
         let n = self.node(id);
-        n.incarnation = Incarnation { boot: n.incarnation.boot + 1, nonce };
+        n.starts += 1;
+        n.incarnation = Incarnation::of_start(n.starts, nonce);
         n.phase = Phase::Waiting;
         let (incarnation, os_boot, clock) = (n.incarnation, n.os_boot, n.clock);
         self.note(id, format_args!("starts as {incarnation}"));

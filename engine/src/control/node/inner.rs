@@ -128,7 +128,7 @@ impl Inner {
         let sender = Sender { cluster: opened.cluster, node: me, store: opened.identity.store, incarnation };
         let (store, closed) = StoreHandle::start(env.as_ref(), opened.db)
             .map_err(ControlError::io("cannot start the store's thread"))?;
-        let (machine, state) = StateMachine::load(store.clone())
+        let (machine, state) = StateMachine::load(Arc::clone(&env), store.clone())
             .await
             .map_err(ControlError::io(format!("cannot read the store in {}", options.dir.display())))?;
         let contacts = options.founders.iter().map(|f| (f.id, f.addrs.control.clone())).collect();

@@ -12,6 +12,7 @@ use crate::types::LogIndex;
 
 use super::super::apply::apply_under;
 use super::super::codec;
+use super::super::environment::Environment;
 use super::super::raft::{
     Entry, LogId, Response, Snapshot, SnapshotMeta, StorageError, StoredMembership, TypeConfig, leadership_of,
 };
@@ -21,6 +22,7 @@ use super::{Machine, StoreHandle};
 
 /// The state machine that openraft drives.
 pub(in super::super) struct StateMachine {
+    env: Arc<dyn Environment>,
     store: StoreHandle,
     machine: Machine,
     published: watch::Sender<Arc<ClusterState>>,
@@ -29,11 +31,12 @@ pub(in super::super) struct StateMachine {
 impl StateMachine {
     /// Takes up the persisted state. The receiver sees it and every later one, after it is durable.
     pub(in super::super) async fn load(
+        env: Arc<dyn Environment>,
         store: StoreHandle,
     ) -> io::Result<(Self, watch::Receiver<Arc<ClusterState>>)> {
         let machine = store.run(|db| db.machine()).await?;
         let (published, receiver) = watch::channel(Arc::new(machine.state.clone()));
-        Ok((Self { store, machine, published }, receiver))
+        Ok((Self { env, store, machine, published }, receiver))
     }
 
     fn apply_entry(machine: &mut Machine, entry: Entry) -> Response {
@@ -89,7 +92,11 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         I::IntoIter: OptionalSend,
     {
         let mut next = self.machine.clone();
-        let responses = entries.into_iter().map(|e| Self::apply_entry(&mut next, e)).collect();
+        let mut responses = Vec::new();
+        for entry in entries {
+            responses.push(Self::apply_entry(&mut next, entry));
+            self.env.applied(&next.state);
+        }
         let copy = next.clone();
         self.store
             .run(move |db| db.set_machine(&copy))

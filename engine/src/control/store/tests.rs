@@ -54,7 +54,7 @@ impl StoreBuilder<TypeConfig, StoreHandle, StateMachine, tempfile::TempDir> for 
         create(dir.path(), NodeId(1)).unwrap();
         let opened = open(dir.path(), NodeId(1)).unwrap();
         let (handle, _) = StoreHandle::start(&system(), opened.db).unwrap();
-        let (machine, _) = StateMachine::load(handle.clone()).await.unwrap();
+        let (machine, _) = StateMachine::load(Arc::new(system()), handle.clone()).await.unwrap();
         Ok((dir, handle, machine))
     }
 }

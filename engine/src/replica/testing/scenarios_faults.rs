@@ -238,3 +238,74 @@ fn a_clean_stop_flushes_clears_and_marks() {
     world.power_off(node(2));
     world.converge();
 }
+
+#[test]
+fn r20_a_read_that_failed_is_tried_again_after_a_write_that_came_in_between() {
+    let mut world = two();
+    world.crash(node(2));
+    world.run(30);
+    world.write(node(1), 10, false);
+    world.run(1);
+    world.nodes.get_mut(&node(1)).unwrap().disk.bad = vec![10];
+    world.read(node(1), 10);
+    world.overwrite(node(1), 10);
+    world.run(2);
+    assert_eq!(world.waiting(node(1)), 0, "and nobody was told of an error");
+}
+
+#[test]
+fn r17_everything_is_compared_if_a_lineage_began_from_a_copy_that_was_never_in_sync() {
+    let mut world = two();
+    world.write(node(1), 20, false);
+    world.run(60);
+    world.crash(node(2));
+    world.replace_disk(node(2));
+    world.cut(node(1), node(2));
+    world.start(node(2));
+    world.crash(node(1));
+    world.give_config(node(2));
+    world.settle();
+    world.force(node(2));
+    world.history.power_lost();
+    world.converge();
+}
+
+#[test]
+fn a_small_intent_map_makes_room_without_waiting_until_a_region_is_idle() {
+    let mut options = Options::default();
+    options.settings.intent_regions_max = 1;
+    let mut world = World::new(&options);
+    world.run(20);
+    for block in [0, 20, 40] {
+        world.write(node(1), block, false);
+        world.settle();
+        assert_eq!(world.waiting(node(1)), 0, "block {block}");
+    }
+}
+
+#[test]
+fn a_replica_that_is_opened_anew_in_one_run_counts_its_proposals_on() {
+    let mut world = two();
+    let first = world.replica(node(1)).next_proposal;
+    world.crash(node(1));
+    world.pass(Duration::from_millis(10));
+    world.nodes.get_mut(&node(1)).unwrap().incarnation.boot -= 1;
+    world.start(node(1));
+    assert!(world.replica(node(1)).next_proposal > first);
+}
+
+#[test]
+fn r10_a_copy_that_was_made_anew_is_not_taken_for_the_member_that_its_run_was() {
+    let mut world = two();
+    world.write(node(1), 20, false);
+    world.run(60);
+    // In one run of the process.
+    world.crash(node(2));
+    world.replace_disk(node(2));
+    world.nodes.get_mut(&node(2)).unwrap().incarnation.boot -= 1;
+    world.start(node(2));
+    world.run(20);
+    assert!(matches!(world.replica(node(2)).health(), Health::Unhealthy(_)));
+    assert!(world.config.member(node(2)).is_none(), "removed, and not in sync again");
+    world.converge();
+}

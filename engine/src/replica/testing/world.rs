@@ -209,6 +209,8 @@ impl World {
         let geometry = self.config.geometry;
         let slots: Vec<ReplicaSlot> = self.config.replicas.iter().map(|r| r.slot).collect();
         let mine = self.config.slot(id).unwrap();
+        // The first member of a new volume is one from the beginning.
+        let first = self.config.member(id).filter(|_| self.config.epoch == Epoch(1));
         let superblock = Superblock {
             cluster: self.config.cluster,
             volume: self.config.volume,
@@ -219,7 +221,7 @@ impl World {
             epoch: Epoch(0),
             reign: Reign(0),
             lineage: self.config.lineage,
-            member: None,
+            member: first.map(|m| m.incarnation),
             chain: Vec::new(),
             current: Incarnation { boot: 1, nonce: id.0 },
             os_boot: 5,

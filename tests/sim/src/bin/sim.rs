@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use blkrepl_sim::{FaultKind, FaultSet, OPS_DEFAULT, Options, Scenario, Stats, run};
+use blkrepl_sim::{FaultKind, FaultSet, OPS_DEFAULT, Options, Outcome, Scenario, Stats, run, run_lockstep};
 use clap::Parser;
 
 /// A seeded simulator of a whole blkrepl cluster.
@@ -18,6 +18,9 @@ struct Cli {
     /// Run this many seeds.
     #[arg(long)]
     seeds: Option<u64>,
+    /// With the control plane of production (real Raft) instead of a model of it.
+    #[arg(long)]
+    lockstep: bool,
     /// The first of them.
     #[arg(long, default_value_t = 1)]
     first: u64,
@@ -32,6 +35,12 @@ struct Cli {
     faults: Option<Vec<String>>,
 }
 
+impl Cli {
+    fn run(&self, seed: u64, options: &Options) -> Outcome {
+        if self.lockstep { run_lockstep(seed, options) } else { run(seed, options) }
+    }
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let mut options = Options { ops: cli.ops, ..Options::default() };
@@ -42,7 +51,7 @@ fn main() -> ExitCode {
     }
     if let Some(seed) = cli.seed {
         options.trace = true;
-        let outcome = run(seed, &options);
+        let outcome = cli.run(seed, &options);
         print!("{}", outcome.trace);
         println!("hash {:016x}", outcome.hash);
         println!("{:?}", outcome.stats);
@@ -68,7 +77,7 @@ fn many(cli: &Cli, options: &Options) -> ExitCode {
                     if seed >= cli.first + count {
                         return;
                     }
-                    let outcome = run(seed, options);
+                    let outcome = cli.run(seed, options);
                     let mut totals = totals.lock().expect("no thread panics while it holds this");
                     totals.0.add(&outcome.stats);
                     if let Some(v) = outcome.violation {

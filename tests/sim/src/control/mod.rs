@@ -63,6 +63,10 @@ pub(crate) enum Disturbance {
 
 /// See the module's head. `at` never runs backwards.
 pub(crate) trait ControlPlane {
+    /// How often each node was started before the run.
+    fn boots(&self) -> u64 {
+        0
+    }
     /// A node's process starts.
     fn start(&mut self, at: Time, node: NodeId, run: Run);
     /// A node's process is gone.
