@@ -40,6 +40,11 @@ impl Rng {
         self.below(1000) < permille
     }
 
+    /// True `ppm` times of a million.
+    pub(crate) fn rare(&mut self, ppm: u64) -> bool {
+        self.below(1_000_000) < ppm
+    }
+
     /// One of them.
     pub(crate) fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[usize::try_from(self.below(of.len() as u64)).expect("an index of a slice")]
