@@ -6,8 +6,10 @@
 //! falsified in silence (marked sector by sector, wherever it is copied to), and errors that a client may be
 //! told of because the only copy cannot be read or written.
 
+use blkrepl_engine::control::VolumeReport;
+use blkrepl_engine::control::failover::eligible_restarted;
 use blkrepl_engine::replica::Replica;
-use blkrepl_engine::types::{Member, NodeId, SuperblockTrust};
+use blkrepl_engine::types::{Member, NodeId};
 
 use crate::client::ClientEvent;
 use crate::clock::{MS, S, Time};
@@ -290,6 +292,7 @@ impl World {
                     self.node(id).disk.rot_meta(copy * 4096, rng);
                     let n = self.node(id);
                     n.superblocks = n.disk.superblocks();
+                    n.superblock_rotted = true;
                 }
                 other
             }
@@ -453,12 +456,12 @@ impl World {
         }
         self.control.heal(now);
         for id in self.ids().collect::<Vec<_>>() {
-            let n = self.node(id);
-            n.disk.defects = crate::disk::Defects {
-                errors_until: n.disk.defects.errors_until,
-                ..crate::disk::Defects::default()
-            };
-            n.disk.bad.clear();
+            let disk = &mut self.node(id).disk;
+            // What could not be read before may be told of later.
+            let told_until = if disk.bad.is_empty() { 0 } else { now + ERROR_EXCUSED };
+            let errors_until = disk.defects.errors_until.max(told_until);
+            disk.defects = crate::disk::Defects { errors_until, ..crate::disk::Defects::default() };
+            disk.bad.clear();
         }
         let witness = self.witness();
         self.start(witness);
@@ -485,14 +488,18 @@ impl World {
             return;
         }
         // A copy whose superblock lost its second copy, and does not match the config, is not believed [R16];
-        // nor is one that lost power before it could note that it had joined [R6].
-        let doubtful = |m: &&Member| {
-            let report = self.node_ref(m.node).replica.as_ref().map(Replica::report);
-            report.is_some_and(|r| r.trust != SuperblockTrust::Sound || r.inconsistent)
+        // nor is one that lost power before it could note that it had joined, or had been forced [R6].
+        let refused = |m: &&Member| {
+            let n = self.node_ref(m.node);
+            let (Some(replica), false) = (&n.replica, n.holds_all_of(**m) && !n.superblock_rotted) else {
+                return false;
+            };
+            let said = VolumeReport { health: replica.health(), report: replica.report() };
+            eligible_restarted(&v, **m, &said).is_err()
         };
-        let doubted: Vec<NodeId> = v.in_sync.iter().filter(doubtful).map(|m| m.node).collect();
+        let doubted: Vec<NodeId> = v.in_sync.iter().filter(refused).map(|m| m.node).collect();
         if !doubted.is_empty() {
-            self.stats.saw("forced for a doubtful superblock");
+            self.stats.saw("forced because no member is eligible");
             let _asked = doubted.into_iter().any(|id| self.ask_promote(id, Force::AlsoInconsistent));
             return;
         }

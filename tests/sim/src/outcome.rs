@@ -93,7 +93,7 @@ pub const COVERAGE_KNOWN: &[&str] = &[
     "damaged metadata found",
     "error answered",
     "files unusable",
-    "forced for a doubtful superblock",
+    "forced because no member is eligible",
     "foreign writes discarded",
     "frame refused",
     "outcome applied",

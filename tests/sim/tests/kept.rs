@@ -6,13 +6,17 @@ use blkrepl_sim::{FaultKind, FaultSet, Options, Scenario, run};
 
 fn scenarios() -> Vec<Scenario> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds");
-    let entries = std::fs::read_dir(&dir).expect("the folder of kept scenarios is readable");
-    let mut files: Vec<_> = entries.map(|e| e.expect("its entries are readable").path()).collect();
+    let listed = std::fs::read_dir(&dir).expect("the kept scenarios are beside this file");
+    let mut files: Vec<_> = listed.flatten().map(|entry| entry.path()).collect();
     files.sort();
-    let texts = files.iter().map(|file| std::fs::read_to_string(file).expect("a kept scenario is text"));
-    let lines: Vec<String> = texts.flat_map(|t| t.lines().map(str::to_owned).collect::<Vec<_>>()).collect();
-    let lines = lines.iter().filter(|l| !l.trim().is_empty() && !l.starts_with('#'));
-    lines.map(|line| line.parse().unwrap_or_else(|e| panic!("{line}: {e}"))).collect()
+    let mut found = Vec::new();
+    for file in files {
+        let text = std::fs::read_to_string(&file).expect("a kept file is text");
+        for line in text.lines().filter(|l| !l.trim().is_empty() && !l.starts_with('#')) {
+            found.push(line.parse().unwrap_or_else(|e| panic!("{line}: {e}")));
+        }
+    }
+    found
 }
 
 #[test]
