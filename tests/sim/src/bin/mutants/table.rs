@@ -134,7 +134,7 @@ table! {
     R20: Seeds(Aim::at(&[K::ReadError])), [
         "replica::testing::scenarios::r20_a_block_that_cannot_be_read_comes_from_a_member_and_is_rewritten",
         "replica::testing::scenarios_schedules::a_zero_request_whose_both_edges_cannot_be_read_is_mended_and_carried_out"];
-    R21: Seeds(Aim::at(&[K::ConnectionLoss, K::Crash])), [
+    R21: Seeds(Aim::at(&[K::SlowDisk, K::Crash, K::DiskLoss])), [
         "replica::testing::scenarios_rules::r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_that_was_not_sent",
         "replica::testing::scenarios_rules::r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_under_way"];
     R22: Seeds(Aim::ANY), [
