@@ -2,6 +2,7 @@
 //! foreign and rolled back files.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::{fs, io};
 
@@ -9,9 +10,9 @@ use openraft::entry::RaftEntry;
 use openraft::testing::{StoreBuilder, Suite};
 use redb::{BackendError, StorageBackend};
 
-use crate::types::{ClusterId, LogIndex, NodeId};
+use crate::types::{ClusterId, LogIndex, Nanos, NodeId};
 
-use super::super::environment::System;
+use super::super::environment::{Listener, Pending, Stream, System};
 use super::super::error::ControlError;
 use super::super::raft::{Entry, LogId, StorageError, TypeConfig, Vote};
 use super::super::state::StoreId;
@@ -62,6 +63,57 @@ impl StoreBuilder<TypeConfig, StoreHandle, StateMachine, tempfile::TempDir> for 
 #[test]
 fn the_store_passes_openrafts_suite() {
     Suite::test_all(Builder).unwrap();
+}
+
+/// The same on the disk below, with the worker as a task, as the simulator runs it.
+struct OnDisk;
+
+impl StoreBuilder<TypeConfig, StoreHandle, StateMachine, ()> for OnDisk {
+    async fn build(&self) -> Result<((), StoreHandle, StateMachine), StorageError> {
+        let identity = StoreIdentity { store: StoreId(1), node: NodeId(1) };
+        let backend = FaultBackend::default();
+        drop(Db::create_on(backend.clone(), identity).unwrap());
+        // Nothing of it was lost, although no cache was kept.
+        backend.0.lock().unwrap().crash(|_| false);
+        let (handle, _) = StoreHandle::start(&TaskEnv, Db::open_on(backend).unwrap()).unwrap();
+        let (machine, _) = StateMachine::load(Arc::new(TaskEnv), handle.clone()).await.unwrap();
+        Ok(((), handle, machine))
+    }
+}
+
+/// The operating system, but for the store's thread.
+struct TaskEnv;
+
+impl Environment for TaskEnv {
+    fn now(&self) -> Nanos {
+        system().now()
+    }
+
+    fn random(&self) -> io::Result<u128> {
+        system().random()
+    }
+
+    fn connect(&self, addr: String) -> Pending<'static, io::Result<Box<dyn Stream>>> {
+        system().connect(addr)
+    }
+
+    fn listen(&self, addr: SocketAddr) -> Pending<'static, io::Result<Box<dyn Listener>>> {
+        system().listen(addr)
+    }
+
+    fn store_dir(&self, dir: &Path) -> Box<dyn StoreDir> {
+        system().store_dir(dir)
+    }
+
+    fn start_store(&self, worker: StoreWorker) -> io::Result<()> {
+        tokio::spawn(worker.run(tokio::task::yield_now));
+        Ok(())
+    }
+}
+
+#[test]
+fn the_store_passes_openrafts_suite_on_a_disk_with_a_cache_and_as_a_task() {
+    Suite::test_all(OnDisk).unwrap();
 }
 
 /// A disk: what is durable, and what was written since the last sync, in order.
