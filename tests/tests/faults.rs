@@ -99,6 +99,7 @@ fn run(name: &str, part: u32, disks: bool, make: impl FnOnce(u64) -> Result<(Are
         }
         let total: u64 = faults.counts().values().sum();
         measured(name, &format!("{total} faults in {} rounds: {:?}", rounds(part), faults.counts()));
+        measured(name, &format!("replicas that failed and were started anew: {:?}", faults.failed()));
         Ok(())
     });
 }

@@ -9,12 +9,17 @@ use blkrepl_tests::bits::{Random, fresh_seed};
 use blkrepl_tests::evidence;
 use blkrepl_tests::guest::{self, BOOT_LIMIT, GuestCluster, SYNC_LIMIT};
 use blkrepl_tests::report::{human, measured, skipped, step};
-use blkrepl_tests::verify::{Verifier, VerifierOptions};
+use blkrepl_tests::verify::{Verifier, VerifierOptions, connect_any};
 
 const NAME: &str = "vm_power";
 const SIZE: u64 = 32 << 20;
 /// Cuts of both at once.
 const BOTH: u32 = 3;
+/// Where the blocks of the quiet cuts lie, past the load's area; one per region of 1 MiB.
+const QUIET: u64 = 8 << 20;
+const QUIET_BLOCKS: u64 = 16;
+/// Longer than an intent outlives the last write of its region, with the flush and the batches that it waits for.
+const INTENT_PAUSE: Duration = Duration::from_millis(3500);
 
 fn options() -> VerifierOptions {
     VerifierOptions {
@@ -67,6 +72,35 @@ fn cut_one(cluster: &mut GuestCluster, verifier: &mut Verifier, of_primary: bool
     verifier.verify().with_context(|| format!("after a cut of {victim}"))
 }
 
+/// Blocks that are written and flushed, and left alone until their intents are gone [R5]: from then on no
+/// resync looks at them, so each replica must have them by itself.
+fn cut_in_quiet(cluster: &mut GuestCluster, primary: &str, names: &[String], fill: u8) -> Result<()> {
+    cluster.move_to(primary)?;
+    let mut link = connect_any(&cluster.targets(), BOOT_LIMIT)?;
+    let block_of = |index: u64| QUIET + index * (1 << 20) + index * 4096;
+    for index in 0..QUIET_BLOCKS {
+        link.write(block_of(index), &[fill; 4096])?;
+    }
+    link.flush()?;
+    drop(link);
+    std::thread::sleep(INTENT_PAUSE);
+    cluster.cut_power(names)?;
+    for name in names {
+        cluster.boot(name)?;
+    }
+    cluster.wait_in_sync(SYNC_LIMIT)?;
+    for name in cluster.names() {
+        cluster.move_to(&name)?;
+        let mut link = connect_any(&cluster.targets(), BOOT_LIMIT)?;
+        for index in 0..QUIET_BLOCKS {
+            let found = link.read(block_of(index), 4096)?;
+            ensure!(found == [fill; 4096], "a flushed block at {} is lost on {name}", block_of(index));
+        }
+    }
+    measured(NAME, &format!("{names:?} cut in quiet, {primary} was primary: all that was flushed is there"));
+    Ok(())
+}
+
 fn run(cluster: &mut GuestCluster, seed: u64) -> Result<()> {
     let mut random = Random::new(seed);
     let mut verifier = Verifier::new(cluster.targets(), options());
@@ -75,6 +109,11 @@ fn run(cluster: &mut GuestCluster, seed: u64) -> Result<()> {
     }
     for of_primary in [true, false, true] {
         cut_one(cluster, &mut verifier, of_primary)?;
+    }
+    let names = cluster.names();
+    for (primary, other, fill) in [(&names[0], &names[1], 0x51), (&names[1], &names[0], 0x61)] {
+        cut_in_quiet(cluster, primary, std::slice::from_ref(other), fill)?;
+        cut_in_quiet(cluster, primary, &names, fill + 1)?;
     }
     cluster.compare_replicas()?;
     let lost: u64 = cluster.guests().iter().flat_map(|g| g.disks()).map(|d| d.counts().lost).sum();

@@ -32,6 +32,8 @@ use crate::events::{EventLog, Happening, describe};
 
 /// How long the config that shows a proposal's effect may take to arrive here after its outcome.
 const CONFIG_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a replica that is made anew waits until the committed set does not name this run any more.
+const REMOVAL_PATIENCE: Duration = Duration::from_secs(15);
 /// How long files that are being opened are waited for.
 const OPENING_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -391,7 +393,7 @@ impl Node {
             }
             std::mem::replace(&mut slot.phase, Phase::Opening)
         };
-        let result = self.clear_away(&record.name, old, discard).await;
+        let result = self.clear_away(id, &record.name, old, discard).await;
         if let Err(reason) = result {
             if let Some(slot) = self.lock().get_mut(&id) {
                 slot.phase = Phase::Failed(reason.clone());
@@ -402,7 +404,7 @@ impl Node {
         self.failure(id).map_or(Ok(()), Err)
     }
 
-    async fn clear_away(&self, name: &str, old: Phase, discard: bool) -> Result<(), String> {
+    async fn clear_away(&self, id: VolumeId, name: &str, old: Phase, discard: bool) -> Result<(), String> {
         if let Phase::Running(running) = old {
             running.end();
             let handle = running.handle;
@@ -411,9 +413,27 @@ impl Node {
                 return Err("the old replica did not stop; restart the node and try again".to_string());
             }
         }
+        self.await_removal(id, name).await?;
         let place = files::Place::of(&self.config, name);
         if discard { files::remove(&place) } else { files::check_absent(&place) }
             .map_err(|e: OpenError| e.to_string())
+    }
+
+    /// The new copy speaks for the same run of this process as the old one: as long as the committed set names
+    /// that run, the copy would be taken for the member's [R10]. The core refuses that, too.
+    async fn await_removal(&self, id: VolumeId, name: &str) -> Result<(), String> {
+        self.control.set_volume_report(id, Health::Unhealthy("it is being made anew".into()), no_report());
+        let me = self.me();
+        let gone = |s: &Arc<ClusterState>| s.volumes.get(&id).is_none_or(|v| !v.in_sync.contains(&me));
+        let mut states = self.control.cluster_state();
+        let wait = states.wait_for(gone);
+        match tokio::time::timeout(REMOVAL_PATIENCE, wait).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(format!(
+                "the cluster still counts this node's replica of {name} as in sync, so its files stay: see `blkrepl \
+                 status`, and ask again when another replica has taken it out"
+            )),
+        }
     }
 
     /// Stops every volume cleanly; names those that did not manage within `limit`.

@@ -154,6 +154,8 @@ impl Replica {
             Purpose::FillEdges(op, part) => self.edges_filled(op, part, result),
             Purpose::LocalWrite(seq) => self.local_write_done(seq, result),
             Purpose::Incoming(id) => self.incoming_done(id, result),
+            // What a failed replica reads may be older than what it acknowledged: nobody gets a copy of it.
+            Purpose::Chunk(..) | Purpose::ChunkRun(..) if self.failure.is_some() => self.discard_read(result),
             Purpose::Chunk(node, chunk) => self.chunk_read(node, chunk, result),
             Purpose::ChunkRun(node, chunk, run) => self.chunk_run_read(node, chunk, run, result),
         }

@@ -320,6 +320,11 @@ impl Replica {
         result: Result<DiskResult, DiskErrorKind>,
     ) {
         let payload = match result {
+            // What a failed replica holds may be older than what it acknowledged.
+            result if self.failure.is_some() => {
+                self.discard_read(result);
+                None
+            }
             Ok(DiskResult::Read { payload, .. }) => Some(payload),
             _ => None,
         };

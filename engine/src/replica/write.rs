@@ -147,7 +147,8 @@ impl Replica {
             }
         }
         primary.flush_wanted |= full;
-        if ready.is_empty() || !self.config_usable() {
+        // A failed replica sends nothing more: what it filled edges with may be older than what was acknowledged.
+        if ready.is_empty() || !self.config_usable() || self.failure.is_some() {
             return;
         }
         let Some(primary) = &mut self.primary else { return };

@@ -213,7 +213,6 @@ impl World {
     }
 
     fn forced(&mut self, new: &VolumeRecord) {
-        self.stats.saw("commit force");
         if !self.operator.takes_force() {
             self.broke(Invariant::PromotedInSync, "a lineage began without an operator".into());
         }

@@ -6,8 +6,10 @@
 //! falsified in silence (marked sector by sector, wherever it is copied to), and errors that a client may be
 //! told of because the only copy cannot be read or written.
 
+use blkrepl_engine::control::VolumeReport;
+use blkrepl_engine::control::failover::eligible_restarted;
 use blkrepl_engine::replica::Replica;
-use blkrepl_engine::types::{Member, NodeId, SuperblockTrust};
+use blkrepl_engine::types::{Member, NodeId};
 
 use crate::client::ClientEvent;
 use crate::clock::{MS, S, Time};
@@ -16,6 +18,7 @@ use crate::control::Disturbance;
 use crate::fault::FaultKind;
 use crate::net::Damage;
 use crate::node::Phase;
+use crate::operator::Force;
 use crate::outcome::Invariant;
 use crate::rng::Rng;
 use crate::world::{Event, NodeEvent, Stage, VOLUME, World};
@@ -85,8 +88,8 @@ impl World {
                 }
                 begun
             }
-            K::Promote => self.ask_promote(id, false),
-            K::Force => self.ask_promote(id, true),
+            K::Promote => self.ask_promote(id, Force::No),
+            K::Force => self.ask_promote(id, Force::Yes),
             K::Recreate => self.may_lose_copy(id) && self.ask_recreate(id),
             K::Election | K::SlowControl | K::StaleView | K::LostCommand | K::DoubledCommand => {
                 self.disturb_control(kind, rng);
@@ -289,6 +292,7 @@ impl World {
                     self.node(id).disk.rot_meta(copy * 4096, rng);
                     let n = self.node(id);
                     n.superblocks = n.disk.superblocks();
+                    n.superblock_rotted = true;
                 }
                 other
             }
@@ -434,7 +438,7 @@ impl World {
             let mut able: Vec<NodeId> = v.in_sync.iter().map(|m| m.node).collect();
             let n = at(self.rng.below(able.len() as u64));
             able.rotate_left(n);
-            let _promoted = able.into_iter().any(|id| self.ask_promote(id, false));
+            let _promoted = able.into_iter().any(|id| self.ask_promote(id, Force::No));
         }
         for id in self.ids().collect::<Vec<_>>() {
             if matches!(self.node_ref(id).phase, Phase::Unusable(_)) {
@@ -452,12 +456,12 @@ impl World {
         }
         self.control.heal(now);
         for id in self.ids().collect::<Vec<_>>() {
-            let n = self.node(id);
-            n.disk.defects = crate::disk::Defects {
-                errors_until: n.disk.defects.errors_until,
-                ..crate::disk::Defects::default()
-            };
-            n.disk.bad.clear();
+            let disk = &mut self.node(id).disk;
+            // What could not be read before may be told of later.
+            let told_until = if disk.bad.is_empty() { 0 } else { now + ERROR_EXCUSED };
+            let errors_until = disk.defects.errors_until.max(told_until);
+            disk.defects = crate::disk::Defects { errors_until, ..crate::disk::Defects::default() };
+            disk.bad.clear();
         }
         let witness = self.witness();
         self.start(witness);
@@ -483,15 +487,20 @@ impl World {
         if self.ids().any(|id| self.serves_now(id)) || self.now < self.served_at + FORCE_AFTER {
             return;
         }
-        // A copy whose superblock lost its second copy, and does not match the config, is not believed [R16].
-        let doubtful = |m: &&Member| {
-            let report = self.node_ref(m.node).replica.as_ref().map(Replica::report);
-            report.is_some_and(|r| r.trust != SuperblockTrust::Sound)
+        // A copy whose superblock lost its second copy, and does not match the config, is not believed [R16];
+        // nor is one that lost power before it could note that it had joined, or had been forced [R6].
+        let refused = |m: &&Member| {
+            let n = self.node_ref(m.node);
+            let (Some(replica), false) = (&n.replica, n.holds_all_of(**m) && !n.superblock_rotted) else {
+                return false;
+            };
+            let said = VolumeReport { health: replica.health(), report: replica.report() };
+            eligible_restarted(&v, **m, &said).is_err()
         };
-        let doubted: Vec<NodeId> = v.in_sync.iter().filter(doubtful).map(|m| m.node).collect();
+        let doubted: Vec<NodeId> = v.in_sync.iter().filter(refused).map(|m| m.node).collect();
         if !doubted.is_empty() {
-            self.stats.saw("forced for a doubtful superblock");
-            let _asked = doubted.into_iter().any(|id| self.ask_promote(id, true));
+            self.stats.saw("forced because no member is eligible");
+            let _asked = doubted.into_iter().any(|id| self.ask_promote(id, Force::AlsoInconsistent));
             return;
         }
         let content_left = v.in_sync.iter().any(|m| {
@@ -505,6 +514,6 @@ impl World {
         if candidates.is_empty() {
             self.broke(Invariant::Liveness, "every member's copy is gone: the atlas let it happen".into());
         }
-        let _asked = candidates.into_iter().any(|id| self.ask_promote(id, true));
+        let _asked = candidates.into_iter().any(|id| self.ask_promote(id, Force::Yes));
     }
 }

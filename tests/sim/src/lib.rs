@@ -25,6 +25,7 @@ mod fault;
 mod faults;
 mod history;
 pub mod lockstep;
+mod minimise;
 mod net;
 mod node;
 mod operator;
@@ -39,6 +40,7 @@ mod trace;
 mod world;
 
 pub use fault::{FaultKind, FaultSet};
+pub use minimise::minimise;
 pub use options::{OPS_DEFAULT, Options, Scenario};
-pub use outcome::{Invariant, Outcome, Stats, Violation};
+pub use outcome::{COVERAGE_KNOWN, Invariant, Outcome, Stats, Violation};
 pub use runner::{run, run_lockstep};

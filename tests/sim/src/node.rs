@@ -105,6 +105,8 @@ pub(crate) struct Node {
     pub(crate) lost_boot: u64,
     /// The disk was lost or given up: what it held is gone, also what was flushed.
     pub(crate) emptied_boot: u64,
+    /// A copy of its superblock was damaged once.
+    pub(crate) superblock_rotted: bool,
     /// Replicas that were ended while the process went on.
     pub(crate) replicas_made: u64,
     /// It has served since it was named the only member.
@@ -145,6 +147,7 @@ impl Node {
             reported: None,
             lost_boot: 0,
             emptied_boot: 0,
+            superblock_rotted: false,
             replicas_made: 0,
             served_in: 0,
             asked_to_give_up: false,

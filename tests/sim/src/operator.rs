@@ -12,6 +12,15 @@ use crate::world::{NodeEvent, VOLUME, World};
 /// How long a replica that is to be made anew waits until it is no member.
 const RECREATE_BY: u64 = 15_000_000_000;
 
+/// Whether a promotion is forced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Force {
+    No,
+    Yes,
+    /// Also a copy that a resync into it left half done.
+    AlsoInconsistent,
+}
+
 /// What an operator has asked for and not heard of.
 #[derive(Debug, Default)]
 pub(crate) struct Operator {
@@ -96,7 +105,7 @@ impl World {
     }
 
     /// `blkrepl promote`, at a node, by its own view of the cluster.
-    pub(crate) fn ask_promote(&mut self, at: NodeId, force: bool) -> bool {
+    pub(crate) fn ask_promote(&mut self, at: NodeId, force: Force) -> bool {
         let n = self.node_ref(at);
         let me = n.me();
         let Some(state) = n.state.clone().filter(|_| n.is_running() && n.paused_until <= self.now) else {
@@ -117,18 +126,19 @@ impl World {
             return true;
         }
         let restarted = v.member(at).is_some() && v.in_sync.iter().all(|m| state.has_restarted(*m));
-        if restarted && !force {
+        if restarted && force == Force::No {
             let op = ClusterOp::PromoteRestarted { volume, expected_epoch, to: me, operator: true };
             self.submit(at, "promote restarted", op);
             return true;
         }
-        if !force {
+        if force == Force::No {
             return false;
         }
         let Some((report, health)) = n.replica.as_ref().map(|r| (r.report(), r.health())) else {
             return false;
         };
-        if report.inconsistent || n.has_failed() || health != Health::Healthy {
+        let mixed = report.inconsistent && force != Force::AlsoInconsistent;
+        if mixed || n.has_failed() || health != Health::Healthy {
             return false;
         }
         let lineage = LineageId(u128::from(self.rng.next()) << 16 | 1);

@@ -76,6 +76,46 @@ pub struct Violation {
     pub at: u64,
 }
 
+/// The transitions and other things that a long series of seeds is to show.
+pub const COVERAGE_KNOWN: &[&str] = &[
+    "began to serve",
+    "block repaired",
+    "commit demote",
+    "commit forced",
+    "commit hand-over",
+    "commit join",
+    "commit other",
+    "commit promote",
+    "commit promote demoted",
+    "commit promote restarted",
+    "commit remove",
+    "config followed",
+    "damaged metadata found",
+    "error answered",
+    "files unusable",
+    "forced because no member is eligible",
+    "foreign writes discarded",
+    "frame refused",
+    "outcome applied",
+    "outcome refused",
+    "outcome unknown",
+    "peer refused",
+    "proposal bump",
+    "proposal demote",
+    "proposal hand-over",
+    "proposal join",
+    "proposal move",
+    "proposal remove",
+    "removal begun",
+    "replica failed",
+    "resync finished",
+    "resync started",
+    "session down",
+    "session up",
+    "stopped serving",
+    "took over",
+];
+
 /// Figures of a run, or of many together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stats {

@@ -84,14 +84,15 @@ impl Kind {
         (Self::LinkIsolate, 3),
     ];
     const CABLE: [(Self, u64); 3] = [(Self::CableCut, 5), (Self::CableOneWay, 4), (Self::CablePair, 4)];
+    /// Often drawn: they wait for both replicas to be well, which the others prevent.
     const DISK: [(Self, u64); 7] = [
-        (Self::DiskReads, 3),
-        (Self::DiskWrites, 3),
-        (Self::DiskFlushes, 3),
-        (Self::DiskFull, 2),
-        (Self::DiskSlow, 2),
-        (Self::DiskHung, 2),
-        (Self::RoomFull, 4),
+        (Self::DiskReads, 15),
+        (Self::DiskWrites, 15),
+        (Self::DiskFlushes, 15),
+        (Self::DiskFull, 10),
+        (Self::DiskSlow, 10),
+        (Self::DiskHung, 10),
+        (Self::RoomFull, 20),
     ];
 
     /// True for those that make a data object fail.

@@ -52,6 +52,7 @@ pub struct Faults<'a> {
     commands: Vec<JoinHandle<Result<Finished>>>,
     told: Vec<String>,
     counts: BTreeMap<Kind, u64>,
+    failed: BTreeMap<String, u64>,
     begun: Instant,
 }
 
@@ -79,6 +80,7 @@ impl<'a> Faults<'a> {
             commands: Vec::new(),
             told: Vec::new(),
             counts: BTreeMap::new(),
+            failed: BTreeMap::new(),
             begun: Instant::now(),
         })
     }
@@ -99,6 +101,12 @@ impl<'a> Faults<'a> {
     #[must_use]
     pub fn counts(&self) -> &BTreeMap<Kind, u64> {
         &self.counts
+    }
+
+    /// Replicas that said that they failed, and were started anew, by node.
+    #[must_use]
+    pub fn failed(&self) -> &BTreeMap<String, u64> {
+        &self.failed
     }
 
     /// Draws what this round is made of.
@@ -125,6 +133,10 @@ impl<'a> Faults<'a> {
                 break;
             }
             self.mend_one()?;
+        }
+        if !done {
+            done = self.inject(Kind::Move)?;
+            *self.counts.entry(Kind::Move).or_default() += 1;
         }
         if self.random.chance(1, 16) {
             self.mend_all()?;
@@ -328,6 +340,7 @@ impl<'a> Faults<'a> {
                 seen.remove(&node);
             }
             self.tell(format!("the replica of {node} failed"));
+            *self.failed.entry(node.clone()).or_default() += 1;
             self.kill(std::slice::from_ref(&node))?;
             self.start(&node)?;
         }

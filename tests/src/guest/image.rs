@@ -29,7 +29,8 @@ const MODULES: [&str; 9] = [
     "drivers/net/net_failover.ko",
     "drivers/net/virtio_net.ko",
 ];
-/// What the guest does: `node=NAME` on the kernel's command line says who it is.
+/// What the guest does: `node=NAME` on the kernel's command line says who it is, and `mutation=NAME` which
+/// rule a binary built for that leaves out.
 const INIT: &str = r#"#!/bin/busybox sh
 b=/bin/busybox
 $b mount -t proc none /proc
@@ -40,7 +41,12 @@ $b ip link set lo up
 $b ip addr add 10.0.2.15/24 dev eth0
 $b ip link set eth0 up
 $b ip route add default via 10.0.2.2
-for word in $($b cat /proc/cmdline); do case $word in node=*) node=${word#node=} ;; esac; done
+for word in $($b cat /proc/cmdline); do
+    case $word in
+        node=*) node=${word#node=} ;;
+        mutation=?*) export BLKREPL_MUTATION=${word#mutation=} ;;
+    esac
+done
 $b mount -t ext4 /dev/vda /n || { echo "GUEST cannot mount its disk"; $b poweroff -f; }
 [ -e /n/control.redb ] || /bin/blkrepl init --config /config/$node.toml
 echo "GUEST $node runs $($b uname -r)"

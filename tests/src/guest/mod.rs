@@ -73,7 +73,9 @@ impl Guest {
             command.args(["-accel", part]);
         }
         command.args(["-serial", "stdio", "-kernel"]).arg(&image.kernel).arg("-initrd").arg(&image.initrd);
-        let words = format!("console=ttyS0 quiet panic=-1 mitigations=off node={}", self.plan.name);
+        let mutation = std::env::var("BLKREPL_MUTATION").unwrap_or_default();
+        let name = &self.plan.name;
+        let words = format!("console=ttyS0 quiet panic=-1 mitigations=off node={name} mutation={mutation}");
         command.args(["-append", &words]);
         for (index, disk) in self.disks.iter().enumerate() {
             let socket = disk.socket().display();

@@ -330,9 +330,8 @@ fn r18_a_move_stops_drains_flushes_and_only_then_proposes() {
     world.collect(node(1));
     assert!(world.proposals.is_empty(), "a write is under way");
     world.hold_proposals = true;
-    world.settle();
-    world.pass(Duration::from_millis(200));
-    world.settle();
+    // Each of its steps may wait for the next tick.
+    world.run(8);
     assert_eq!(world.acked_writes, 1);
     assert!(matches!(world.proposals[0].1.kind, ProposalKind::Move(m) if m.node == node(2)));
     let disk = &world.nodes[&node(1)].disk;

@@ -309,3 +309,24 @@ fn r10_a_copy_that_was_made_anew_is_not_taken_for_the_member_that_its_run_was() 
     assert!(world.config.member(node(2)).is_none(), "removed, and not in sync again");
     world.converge();
 }
+
+#[test]
+fn a_primary_whose_flush_failed_sends_nothing_that_it_read_since() {
+    let mut world = two();
+    let tag = world.write(node(1), 5, false);
+    world.run(1);
+    world.nodes.get_mut(&node(1)).unwrap().disk.flush_error = true;
+    world.nodes.get_mut(&node(1)).unwrap().disk_paused = true;
+    world.flush(node(1));
+    world.settle();
+    // Its edges are read from the disk, whose cache is gone when the flush fails.
+    world.write_bytes(node(1), 5 * 4096, 512, false);
+    let is_flush = |r: &crate::replica::DiskRequest| r.op == crate::replica::DiskOp::Flush;
+    let at = world.nodes[&node(1)].pending.iter().position(is_flush).unwrap();
+    world.complete_disk(node(1), at);
+    let disk = &mut world.nodes.get_mut(&node(1)).unwrap().disk;
+    disk.data = disk.stable.clone();
+    world.nodes.get_mut(&node(1)).unwrap().disk_paused = false;
+    world.settle();
+    assert_eq!(world.nodes[&node(2)].disk.data[5], tag, "the good copy is as it was");
+}

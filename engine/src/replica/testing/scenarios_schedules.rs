@@ -302,7 +302,7 @@ fn r20_a_disk_that_does_not_keep_a_mended_edge_hands_the_role_over() {
     (disk.bad, disk.bad_for_good) = (vec![10], true);
     world.write_bytes(node(1), 10 * BLOCK + 100, 200, false);
     world.run(5);
-    let failure = world.replica(node(1)).status().failure.clone().unwrap_or_default();
+    let failure = world.replica(node(1)).status().failure.unwrap_or_default();
     assert!(failure.contains("rewritten"), "{failure}");
     assert_eq!(world.config.primary.map(|m| m.node), Some(node(2)));
     let disk = &mut world.nodes.get_mut(&node(1)).unwrap().disk;

@@ -207,7 +207,7 @@ impl Model {
             return self.confirm(leader, Then::Submit(from, Box::new(command)));
         }
         if self.nodes[&leader].believes.is_none() {
-            return self.answer(leader, from, Reply::Failed("the leader has changed".into()));
+            return self.answer(leader, from, Reply::Failed);
         }
         self.append(leader, command, Waits { call: Some(from), held: None });
     }
@@ -308,7 +308,7 @@ impl Model {
         match (waits.call, fate_of) {
             (Some(from), Some((_, applied))) => self.answer(leader, from, fate(applied)),
             (Some(from), None) => {
-                self.answer(leader, from, Reply::Failed("the leader has changed".into()));
+                self.answer(leader, from, Reply::Failed);
             }
             (None, _) => self.lead(leader).under_way.clear(),
         }

@@ -91,8 +91,6 @@ pub(crate) trait ControlPlane {
     fn poll(&mut self) -> Option<ControlOutput>;
     /// What is committed, as far as anybody can know.
     fn committed(&self) -> Arc<ClusterState>;
-    /// The node that leads, if one does.
-    fn leader(&self) -> Option<NodeId>;
     /// Ends every disturbance, partition and pause.
     fn heal(&mut self, at: Time);
 }

@@ -612,10 +612,6 @@ impl ControlPlane for Model {
         Arc::clone(self.states.last().expect("the founding is committed"))
     }
 
-    fn leader(&self) -> Option<NodeId> {
-        self.leads.map(|l| l.node)
-    }
-
     fn heal(&mut self, at: Time) {
         self.now = at;
         self.blocked.clear();

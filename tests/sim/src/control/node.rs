@@ -53,7 +53,7 @@ pub(super) enum Reply {
     /// Nothing happened.
     NotLeader,
     /// Something may have happened.
-    Failed(String),
+    Failed,
 }
 
 fn nanos(d: Duration) -> Time {
@@ -248,7 +248,7 @@ impl Model {
                 call.attempt += 1;
                 self.later(ATTEMPT_PAUSE, node, Step::Attempt(id));
             }
-            Reply::Failed(_) => {
+            Reply::Failed => {
                 call.attempt += 1;
                 call.uncertain = true;
                 self.later(ATTEMPT_PAUSE, node, Step::Attempt(id));

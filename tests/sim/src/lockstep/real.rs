@@ -294,6 +294,12 @@ impl Real {
             }
         }
     }
+
+    /// A node that leads.
+    fn leader(&self) -> Option<NodeId> {
+        let leads = |id: &u64| self.cluster.up(*id).is_some_and(|up| up.control.leader_view().is_some());
+        self.cluster.machines.keys().find(|id| leads(id)).map(|id| NodeId(*id))
+    }
 }
 
 impl ControlPlane for Real {
@@ -427,11 +433,6 @@ impl ControlPlane for Real {
 
     fn committed(&self) -> Arc<ClusterState> {
         Arc::clone(&self.committed)
-    }
-
-    fn leader(&self) -> Option<NodeId> {
-        let leads = |id: &u64| self.cluster.up(*id).is_some_and(|up| up.control.leader_view().is_some());
-        self.cluster.machines.keys().find(|id| leads(id)).map(|id| NodeId(*id))
     }
 
     fn heal(&mut self, at: Time) {
