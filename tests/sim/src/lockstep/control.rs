@@ -478,7 +478,7 @@ impl<'t> World<'t> {
                     self.later(long, Todo::Well(id));
                 }
             }
-            Fault::StoreLost | Fault::StoreRolledBack => self.lose_store(fault, id),
+            Fault::StoreLost | Fault::StoreRolledBack | Fault::Recovered => self.lose_store(fault, id),
         }
     }
 
@@ -501,8 +501,8 @@ impl<'t> World<'t> {
         self.restart_later(id);
     }
 
-    /// A store is replaced by an empty one, or by an older copy of itself: the node is out [R13]. One of
-    /// three, so that a quorum is left.
+    /// A store is replaced by an empty one, or by an older copy of itself, or becomes that of another cluster: the
+    /// node is out [R13, R19]. One of three, so that a quorum is left.
     fn lose_store(&mut self, fault: Fault, id: u64) {
         let founded = self.cluster.ups().all(|(_, up)| up.state.borrow().volumes.contains_key(&VOL));
         if self.outcast.is_some_and(|out| out != id) || !founded || self.cluster.ups().count() < 3 {
@@ -519,6 +519,14 @@ impl<'t> World<'t> {
                 self.cluster.replace_disk(id);
                 self.disk_failures.remove(&id);
                 self.outcast = Some(id);
+            }
+            // An operator gives the others up, wrongly: they go on without it [R19].
+            (Fault::Recovered, image) => {
+                self.image = image;
+                self.kill(id, true);
+                if self.cluster.recover(id).is_ok() {
+                    self.outcast = Some(id);
+                }
             }
             // Rolled back to before a run that the others know.
             (_, Some((of, image, then))) if of == id && then + 1 < boot && self.others_know(id, boot) => {

@@ -98,7 +98,15 @@ fn run(args: &Args) -> anyhow::Result<bool> {
                     None => (format!(">{}", args.seeds), "NOTHING: IT SURVIVES".into(), false),
                 }
             }
-            By::Seeds(_) => ("-".into(), "(simulator left out)".into(), true),
+            By::Control if !args.no_seeds => {
+                match seeds::hunt_control(row.mutation, args.first, args.seeds) {
+                    Some((seed, what)) => {
+                        ((seed - args.first + 1).to_string(), format!("{what} (control plane alone)"), true)
+                    }
+                    None => (format!(">{}", args.seeds), "NOTHING: IT SURVIVES".into(), false),
+                }
+            }
+            By::Seeds(_) | By::Control => ("-".into(), "(simulator left out)".into(), true),
             By::Model(_) | By::Test(_) => ("-".into(), row.by.to_string(), true),
         };
         let verdict = match &binary {

@@ -8,6 +8,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use blkrepl_engine::mutation::{Mutation, set};
+use blkrepl_sim::lockstep::control;
 use blkrepl_sim::{Options, Violation, run};
 
 use super::table::{Aim, By, Row};
@@ -21,6 +22,17 @@ pub(crate) struct Hit {
 /// Runs `count` seeds from `first` on under `mutation` until a promise is broken.
 pub(crate) fn hunt(mutation: Mutation, aim: Aim, first: u64, count: u64, jobs: usize) -> Option<Hit> {
     lowest(Some(mutation), &aim.options(), first, count, jobs)
+}
+
+/// The lowest seed of the control plane alone under which a mutation breaks a promise, and which.
+pub(crate) fn hunt_control(mutation: Mutation, first: u64, count: u64) -> Option<(u64, &'static str)> {
+    (first..first + count).find_map(|seed| {
+        set(Some(mutation));
+        let result = control::run(seed, None);
+        set(None);
+        let what = result.err()?.what;
+        control::run(seed, None).is_ok().then_some((seed, what))
+    })
 }
 
 /// Runs seeds without a mutation, also with the aims of the table. True if all are clean.
@@ -46,7 +58,7 @@ pub(crate) fn control(rows: &[&Row], first: u64, count: u64, jobs: usize) -> boo
 fn aimed(row: &Row) -> Option<Aim> {
     match row.by {
         By::Seeds(aim) => Some(aim),
-        By::Model(_) | By::Test(_) => None,
+        By::Model(_) | By::Control | By::Test(_) => None,
     }
 }
 
