@@ -37,6 +37,8 @@ impl Aim {
 pub(crate) enum By {
     /// The simulator, aimed like this.
     Seeds(Aim),
+    /// The simulator of the control plane alone, with production's Raft.
+    Control,
     /// The model check of the data path, because the schedule is too rare for seeds: why.
     Model(&'static str),
     /// Nothing else, because the rule lives outside of what the simulator runs: where.
@@ -46,7 +48,7 @@ pub(crate) enum By {
 impl fmt::Display for By {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Seeds(_) => f.write_str("seeds"),
+            Self::Seeds(_) | Self::Control => f.write_str("seeds"),
             Self::Model(why) => write!(f, "by model b: {why}"),
             Self::Test(place) => write!(f, "by test: {place}"),
         }
@@ -70,7 +72,7 @@ macro_rules! table {
     };
 }
 
-use By::{Model, Seeds, Test};
+use By::{Control, Model, Seeds, Test};
 use FaultKind as K;
 
 #[rustfmt::skip] // One mutation after the other, with the tests below it, is easier to read.
@@ -111,7 +113,7 @@ table! {
         "replica::testing::scenarios::r12_secondaries_mark_the_removed_one_and_a_joiner_gets_the_bitmaps",
         "replica::testing::scenarios_rules::r12_at_a_removal_every_member_marks_its_intent_regions",
         "replica::testing::scenarios_rules::r12_who_knows_a_newer_config_than_the_sender_marks_by_it"];
-    R13: Test("Raft's store and identity, which the simulator models"), [
+    R13: Control, [
         "control::rpc::tests::r13_another_store_or_an_older_run_under_a_known_id_is_refused",
         "control::rpc::tests::r13_a_removed_node_is_refused_and_one_not_known_yet_is_not",
         "control::store::tests::r13_a_store_that_was_rolled_back_damaged_or_mixed_up_is_refused"];
