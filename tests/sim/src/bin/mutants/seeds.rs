@@ -9,60 +9,87 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use blkrepl_engine::mutation::{Mutation, set};
 use blkrepl_sim::lockstep::control;
-use blkrepl_sim::{Options, Violation, run};
+use blkrepl_sim::run;
 
 use super::table::{Aim, By, Row};
+
+/// A broken promise: which, and what was seen.
+pub(crate) type Broken = (String, String);
 
 /// The lowest seed that showed something.
 pub(crate) struct Hit {
     pub(crate) seed: u64,
-    pub(crate) violation: Violation,
+    pub(crate) broken: Broken,
 }
 
-/// Runs `count` seeds from `first` on under `mutation` until a promise is broken.
-pub(crate) fn hunt(mutation: Mutation, aim: Aim, first: u64, count: u64, jobs: usize) -> Option<Hit> {
-    lowest(Some(mutation), &aim.options(), first, count, jobs)
+/// Which simulator runs a seed.
+#[derive(Clone, Copy)]
+enum Simulator {
+    /// The whole cluster.
+    Cluster(Aim),
+    /// The control plane alone, with production's Raft.
+    Control,
 }
 
-/// The lowest seed of the control plane alone under which a mutation breaks a promise, and which.
-pub(crate) fn hunt_control(mutation: Mutation, first: u64, count: u64) -> Option<(u64, &'static str)> {
-    (first..first + count).find_map(|seed| {
-        set(Some(mutation));
-        let result = control::run(seed, None);
-        set(None);
-        let what = result.err()?.what;
-        control::run(seed, None).is_ok().then_some((seed, what))
-    })
-}
-
-/// Runs seeds without a mutation, also with the aims of the table. True if all are clean.
-pub(crate) fn control(rows: &[&Row], first: u64, count: u64, jobs: usize) -> bool {
-    let aims: BTreeSet<String> = rows.iter().filter_map(|r| aimed(r)).map(|a| format!("{a:?}")).collect();
-    let mut left = aims;
-    let mut good = true;
-    let each = count / left.len().max(1) as u64 + 1;
-    for row in rows {
-        let Some(aim) = aimed(row).filter(|a| left.remove(&format!("{a:?}"))) else { continue };
-        if let Some(hit) = lowest(None, &aim.options(), first, each, jobs) {
-            good = false;
-            println!(
-                "control run: seed {} breaks a promise without a mutation: {}",
-                hit.seed, hit.violation.text
-            );
+impl Simulator {
+    fn of(by: By) -> Option<Self> {
+        match by {
+            By::Seeds(aim) => Some(Self::Cluster(aim)),
+            By::Control => Some(Self::Control),
+            By::Model(_) | By::Test(_) => None,
         }
     }
-    println!("control run: {count} seeds without a mutation, {}", if good { "clean" } else { "NOT clean" });
+
+    fn name(self) -> String {
+        match self {
+            Self::Cluster(aim) => format!("{aim:?}"),
+            Self::Control => "control".into(),
+        }
+    }
+
+    fn run(self, seed: u64) -> Option<Broken> {
+        match self {
+            Self::Cluster(aim) => {
+                let violation = run(seed, &aim.options()).violation?;
+                Some((violation.invariant.to_string(), violation.text))
+            }
+            Self::Control => {
+                let violation = control::run(seed, None).err()?;
+                Some((format!("control plane: {}", violation.what), violation.text))
+            }
+        }
+    }
+}
+
+/// Runs `count` seeds from `first` on under the row's mutation until a promise is broken.
+pub(crate) fn hunt(row: &Row, first: u64, count: u64, jobs: usize) -> Option<Hit> {
+    lowest(Some(row.mutation), Simulator::of(row.by)?, first, count, jobs)
+}
+
+/// Runs seeds without a mutation, with every aim of the table. True if all are clean.
+pub(crate) fn control(rows: &[&Row], first: u64, count: u64, jobs: usize) -> bool {
+    let simulators: Vec<Simulator> = rows.iter().filter_map(|row| Simulator::of(row.by)).collect();
+    let mut left: BTreeSet<String> = simulators.iter().map(|s| s.name()).collect();
+    let each = count / left.len().max(1) as u64 + 1;
+    let (mut good, mut seeds) = (true, 0);
+    for simulator in simulators.into_iter().filter(|s| left.remove(&s.name())) {
+        seeds += each;
+        if let Some(Hit { seed, broken: (what, text) }) = lowest(None, simulator, first, each, jobs) {
+            good = false;
+            println!("control run: seed {seed} breaks {what} without a mutation: {text}");
+        }
+    }
+    println!("control run: {seeds} seeds without a mutation, {}", if good { "clean" } else { "NOT clean" });
     good
 }
 
-fn aimed(row: &Row) -> Option<Aim> {
-    match row.by {
-        By::Seeds(aim) => Some(aim),
-        By::Model(_) | By::Control | By::Test(_) => None,
-    }
-}
-
-fn lowest(mutation: Option<Mutation>, options: &Options, first: u64, count: u64, jobs: usize) -> Option<Hit> {
+fn lowest(
+    mutation: Option<Mutation>,
+    simulator: Simulator,
+    first: u64,
+    count: u64,
+    jobs: usize,
+) -> Option<Hit> {
     let next = AtomicU64::new(first);
     let end = AtomicU64::new(first + count);
     let found: Mutex<Option<Hit>> = Mutex::new(None);
@@ -75,17 +102,17 @@ fn lowest(mutation: Option<Mutation>, options: &Options, first: u64, count: u64,
                         return;
                     }
                     set(mutation);
-                    let outcome = run(seed, options);
+                    let broken = simulator.run(seed);
                     set(None);
-                    let Some(violation) = outcome.violation else { continue };
+                    let Some(broken) = broken else { continue };
                     // What the same seed shows without the mutation is not the mutation's doing.
-                    if mutation.is_some() && !run(seed, options).is_clean() {
+                    if mutation.is_some() && simulator.run(seed).is_some() {
                         continue;
                     }
                     end.fetch_min(seed, Ordering::Relaxed);
                     let mut found = found.lock().expect("no thread panics while it holds this");
                     if found.as_ref().is_none_or(|hit| hit.seed > seed) {
-                        *found = Some(Hit { seed, violation });
+                        *found = Some(Hit { seed, broken });
                     }
                 }
             });

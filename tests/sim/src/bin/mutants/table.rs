@@ -37,6 +37,8 @@ impl Aim {
 pub(crate) enum By {
     /// The simulator, aimed like this.
     Seeds(Aim),
+    /// The simulator of the control plane alone, with production's Raft.
+    Control,
     /// The model check of the data path, because the schedule is too rare for seeds: why.
     Model(&'static str),
     /// The control plane alone in simulated time (`sim-control`).
@@ -48,7 +50,7 @@ pub(crate) enum By {
 impl fmt::Display for By {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Seeds(_) => f.write_str("seeds"),
+            Self::Seeds(_) | Self::Control => f.write_str("seeds"),
             Self::Model(why) => write!(f, "by model b: {why}"),
             Self::Control => f.write_str("control plane alone"),
             Self::Test(place) => write!(f, "by test: {place}"),
@@ -95,7 +97,8 @@ table! {
         "replica::testing::scenarios_rules::r5_an_intent_goes_only_after_the_bitmaps_of_the_missing_are_durable"];
     R6: Seeds(Aim::at(&[K::PowerLossAll, K::DiskLoss])), [
         "control::failover_tests::r6_r16_what_is_inconsistent_or_of_another_run_is_not_eligible",
-        "control::recover::tests::r6_r17_a_copy_that_was_not_in_sync_is_promoted_by_force_only_and_shares_no_epoch_for_certain"];
+        "control::recover::tests::\
+         r6_r17_a_copy_that_was_not_in_sync_is_promoted_by_force_only_and_shares_no_epoch_for_certain"];
     R7: Seeds(Aim::ANY), [
         "replica::testing::scenarios_rules::r7_a_target_begins_no_write_before_an_older_one_of_the_block_has_ended",
         "replica::testing::scenarios_rules::r7_nothing_is_confirmed_while_the_kernel_has_a_write_of_an_older_reign",
@@ -104,7 +107,8 @@ table! {
         "replica::testing::scenarios::r8_a_read_waits_for_the_overlapping_write_until_all_have_committed_it"];
     R9: Seeds(Aim::at(&[K::PowerLoss, K::Isolate])), [
         "replica::testing::scenarios_rules::r9_no_removal_is_proposed_before_the_own_flush",
-        "replica::testing::scenarios_rules::r9_a_new_primary_flushes_what_it_acknowledged_as_a_secondary_before_it_serves"];
+        "replica::testing::scenarios_rules::\
+         r9_a_new_primary_flushes_what_it_acknowledged_as_a_secondary_before_it_serves"];
     R10: Model("a restarted member's flush has to count and it has to be elected, all before its removal commits"), [
         "replica::testing::scenarios::r2_r10_a_restarted_member_counts_for_nothing_until_it_has_joined_again"];
     R11: Seeds(Aim::ANY), [
@@ -125,8 +129,10 @@ table! {
         "replica::testing::scenarios_faults::r15_a_replaced_data_object_is_copied_whole",
         "reactor::tests::open::r15_another_data_file_under_old_metadata_means_that_everything_is_copied"];
     R16: Seeds(Aim::ANY), [
-        "replica::testing::scenarios_rules::r16_neither_an_answer_nor_a_clear_comes_before_both_copies_of_the_superblock",
-        "replica::testing::scenarios_rules::r16_a_follower_answers_nothing_under_a_config_that_its_superblock_does_not_hold"];
+        "replica::testing::scenarios_rules::\
+         r16_neither_an_answer_nor_a_clear_comes_before_both_copies_of_the_superblock",
+        "replica::testing::scenarios_rules::\
+         r16_a_follower_answers_nothing_under_a_config_that_its_superblock_does_not_hold"];
     R17: Seeds(Aim::at(&[K::Force])), [
         "control::apply::tests::r17_a_force_forks_the_lineage_and_begins_a_reign"];
     R18: Seeds(Aim::at(&[K::Move])), [
@@ -136,9 +142,11 @@ table! {
         "control::rpc::tests::r19_another_cluster_is_refused_and_a_new_node_adopts_one_from_its_contacts_only"];
     R20: Seeds(Aim::at(&[K::ReadError])), [
         "replica::testing::scenarios::r20_a_block_that_cannot_be_read_comes_from_a_member_and_is_rewritten",
-        "replica::testing::scenarios_schedules::a_zero_request_whose_both_edges_cannot_be_read_is_mended_and_carried_out"];
+        "replica::testing::scenarios_schedules::\
+         a_zero_request_whose_both_edges_cannot_be_read_is_mended_and_carried_out"];
     R21: Seeds(Aim::at(&[K::SlowDisk, K::Crash, K::DiskLoss])), [
-        "replica::testing::scenarios_rules::r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_that_was_not_sent",
+        "replica::testing::scenarios_rules::\
+         r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_that_was_not_sent",
         "replica::testing::scenarios_rules::r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_under_way"];
     R22: Seeds(Aim::ANY), [
         "replica::testing::scenarios_rules::r22_a_set_waits_for_a_write_of_its_own_behind_that_of_the_clear"];
