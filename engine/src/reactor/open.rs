@@ -290,7 +290,13 @@ pub fn create(
     lock(&meta, &making, Part::Meta, lock_wait)?;
     // Another creator may have finished while this one waited for the lock: what is open here is then the
     // metadata of its replica.
-    if !is_at(&meta, &making) || paths.meta.symlink_metadata().is_ok() {
+    let mine = is_at(&meta, &making);
+    let exists = paths.meta.symlink_metadata().is_ok();
+    if mine && exists {
+        // It finished before this one made the file anew; the lock keeps everybody else from it.
+        std::fs::remove_file(&making).map_err(failed("removing", &making))?;
+    }
+    if !mine || exists {
         return Err(OpenError::Exists { part: Part::Meta, path: paths.meta.clone() });
     }
     // A second descriptor of the same open file: the lock is kept until what is left has been removed.

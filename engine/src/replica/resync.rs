@@ -27,9 +27,10 @@ use super::hold::Hold;
 use super::io::{Event, Output};
 use super::suspects::Suspect;
 
-/// Bytes of live writes that a target may leave unanswered before further ones are not sent to it (their
-/// bits stay set). Inside the ack set there is no such limit: it is waited for.
-const LIVE_BYTES_MAX: u64 = 32 << 20;
+/// Of live writes a target may leave this many resync windows unanswered before further ones are not sent to
+/// it (their bits stay set): 32 MiB unless the window is set. Inside the ack set there is no such limit: it is
+/// waited for.
+const LIVE_WINDOWS_MAX: u64 = 8;
 
 /// The reign in which a volume is created.
 const FIRST_REIGN: Reign = Reign(1);
@@ -315,12 +316,13 @@ impl Replica {
     /// Sends a client's write to a target while it is being resynced.
     pub(super) fn send_live(&mut self, seq: WriteSeq, node: NodeId) {
         let block_size = u64::from(self.geometry.block_size());
+        let room_max = u64::from(self.settings().resync_window_bytes) * LIVE_WINDOWS_MAX;
         let Some(primary) = &mut self.primary else { return };
         let waited_for = primary.acks.contains_key(&node);
         let Some(target) = primary.targets.get_mut(&node) else { return };
         let blocks = primary.parts[&seq].blocks;
         let bytes = blocks.count * block_size;
-        let room = target.unanswered_bytes + bytes <= LIVE_BYTES_MAX;
+        let room = target.unanswered_bytes + bytes <= room_max;
         let send = waited_for || (target.copies() && room);
         if !send || !self.send_part(seq, node) {
             // An older write under way is no longer the newest for its blocks: its answer clears nothing [R21].

@@ -603,7 +603,7 @@ fn r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_that_was_not_s
     hang(&mut world, 2, Hang::Write(40));
     world.write(node(1), 40, false);
     world.settle();
-    world.zero_bytes(node(1), 1024 * BLOCK, (32 << 20) - BLOCK);
+    world.zero_bytes(node(1), 1024 * BLOCK, 8 * 64 * 4096 - BLOCK); // leaves room for nothing
     hang(&mut world, 2, Hang::Write(1024));
     world.settle();
     let newest = world.write(node(1), 40, false); // no room

@@ -119,7 +119,7 @@ table! {
         "control::rpc::tests::r13_a_removed_node_is_refused_and_one_not_known_yet_is_not",
         "control::store::tests::r13_a_store_that_was_rolled_back_damaged_or_mixed_up_is_refused"];
     R14: Seeds(Aim::ANY), [
-        "replica::testing::scenarios::r14_alone_or_possibly_alone_every_acknowledged_write_is_stable",
+        "replica::testing::scenarios_rules::r14_what_was_sent_to_two_and_committed_by_one_is_flushed_first",
         "replica::testing::scenarios_rules::r14_while_a_removal_is_undecided_an_acknowledged_write_is_stable"];
     R15: Seeds(Aim::at(&[K::DataReplaced])), [
         "replica::testing::scenarios_faults::r15_a_replaced_data_object_is_copied_whole",
@@ -137,7 +137,7 @@ table! {
     R20: Seeds(Aim::at(&[K::ReadError])), [
         "replica::testing::scenarios::r20_a_block_that_cannot_be_read_comes_from_a_member_and_is_rewritten",
         "replica::testing::scenarios_schedules::a_zero_request_whose_both_edges_cannot_be_read_is_mended_and_carried_out"];
-    R21: Seeds(Aim::at(&[K::ConnectionLoss, K::Crash])), [
+    R21: Seeds(Aim::at(&[K::SlowDisk, K::Crash, K::DiskLoss])), [
         "replica::testing::scenarios_rules::r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_that_was_not_sent",
         "replica::testing::scenarios_rules::r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_under_way"];
     R22: Seeds(Aim::ANY), [
