@@ -50,7 +50,7 @@ pub struct Decisions {
 }
 
 /// The controller. Remembers only since when it waits for members that restarted.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Failover {
     waiting: BTreeMap<VolumeId, (Epoch, Nanos)>,
 }
@@ -79,6 +79,14 @@ impl Failover {
             }
         }
         out
+    }
+
+    /// As `LeaseTable::age`, for the model.
+    #[cfg(test)]
+    pub(super) fn age(&mut self, by: Duration) {
+        for (_, since) in self.waiting.values_mut() {
+            *since = Nanos(since.0.saturating_sub(u64::try_from(by.as_nanos()).unwrap_or(u64::MAX)));
+        }
     }
 
     fn decide_volume(

@@ -22,6 +22,8 @@ mod failover_tests;
 #[cfg(test)]
 mod fixture;
 pub mod lease;
+#[cfg(test)]
+mod model;
 mod network;
 mod node;
 mod raft;

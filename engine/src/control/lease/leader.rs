@@ -11,16 +11,16 @@ use super::super::state::ClusterState;
 use super::{Grant, LeaseView, with_drift};
 
 /// Names one exclusion that a proposal holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ExclusionId(u64);
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Granted {
     incarnation: Incarnation,
     until: Nanos,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Exclusion {
     volume: VolumeId,
     node: NodeId,
@@ -28,7 +28,7 @@ struct Exclusion {
 }
 
 /// Grants and exclusions of one leadership.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct LeaseTable {
     /// Whose table this is; `None` while this node does not lead.
     leadership: Option<Leadership>,
@@ -200,6 +200,23 @@ impl LeaseTable {
         let granted = self.grants.get(&member.node).map_or(Nanos(0), |g| g.until);
         let covered = self.frozen.get(&(volume, member.node)).copied().unwrap_or(granted);
         now >= covered || mutated(Mutation::R1)
+    }
+
+    /// Makes everything older, as if the clock stood still and all else were moved back, for the model. What
+    /// is over is as if it had never been.
+    #[cfg(test)]
+    pub(in super::super) fn age(&mut self, now: Nanos, by: Duration) {
+        self.since = super::older(self.since, by);
+        let untils = self.grants.values_mut().map(|g| &mut g.until);
+        for until in untils.chain(self.frozen.values_mut()) {
+            *until = super::older_until(*until, now, by);
+        }
+    }
+
+    /// Takes over the number of the next exclusion, so that two tables that differ in it alone are equal.
+    #[cfg(test)]
+    pub(in super::super) fn clone_next_id(&mut self, other: &Self) {
+        self.next_id = other.next_id;
     }
 
     /// True if `member` renewed lately in exactly this run.

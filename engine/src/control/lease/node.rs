@@ -10,7 +10,7 @@ use super::Grant;
 const PENDING_MAX: usize = 8;
 
 /// What a node may do at the moment.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct LeaseSnapshot {
     /// Volumes not excluded may be served before this point.
     pub until: Nanos,
@@ -27,7 +27,7 @@ impl LeaseSnapshot {
 }
 
 /// The lease of one run of a node.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct NodeLease {
     node: NodeId,
     incarnation: Incarnation,
@@ -89,6 +89,30 @@ impl NodeLease {
             excluded.sort_unstable();
             excluded.dedup();
             self.current = LeaseSnapshot { until, excluded };
+        }
+    }
+
+    /// Nothing under way can be answered any more, for the model.
+    #[cfg(test)]
+    pub(in super::super) fn give_up(&mut self) {
+        self.sent = None;
+    }
+
+    /// How many grants wait for their index, for the model.
+    #[cfg(test)]
+    pub(in super::super) fn waiting(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// As `LeaseTable::age`, for the model.
+    #[cfg(test)]
+    pub(in super::super) fn age(&mut self, now: Nanos, by: std::time::Duration) {
+        if let Some((_, sent)) = &mut self.sent {
+            *sent = super::older(*sent, by);
+        }
+        let pending = self.pending.iter_mut().map(|(_, snapshot)| snapshot);
+        for snapshot in pending.chain([&mut self.current]) {
+            snapshot.until = super::older_until(snapshot.until, now, by);
         }
     }
 

@@ -15,6 +15,8 @@ pub(super) enum Action {
     /// A receiver marks the missing, sets its intent, writes, and its answer counts:
     /// `follow.rs::incoming`, `mark_for`, `incoming_done`, `write.rs::write_acked`.
     WriteThere { p: u8, f: u8 },
+    /// A target writes what was answered without it: the same, `resync.rs::live_acked` [R21].
+    LiveThere { p: u8, f: u8 },
     /// A primary that became alone under a write flushes before it answers: `flush.rs::pump_solo` [R14].
     FlushAlone { p: u8 },
     /// A flush of the ack set begins, the own disk flushes: `flush.rs::start_round`.

@@ -35,8 +35,8 @@
 //! no such case.
 //!
 //! Not here: moves, forces, disk errors, partial blocks, several blocks (the random schedules of
-//! `replica/testing` and the simulator have them), a live copy that is answered after its write was, and a
-//! follower that is two configs behind on a session that works.
+//! `replica/testing` and the simulator have them), and a follower that is two configs behind on a session that
+//! works.
 
 mod action;
 mod settle;

@@ -57,8 +57,9 @@ impl Bounds {
             return;
         }
         let node = s.node_mut(p);
+        let lacking = node.dirty & !node.live();
         for (f, target) in (0..).zip(&mut node.primary.targets) {
-            let lacks = node.dirty & !node.primary.write.live & bit(f) != 0;
+            let lacks = lacking & bit(f) != 0;
             if *target == Target::Copying && (!lacks || self.lacks(Without::R4Set)) {
                 *target = Target::Entered;
             }
@@ -86,7 +87,7 @@ impl Bounds {
         let stable = write.durable || !may_be_alone(node, p) || self.lacks(Without::R14);
         let mut acked = 0;
         if write.id > 0 && write.local_done && write.waits == 0 && stable {
-            // A live copy that is not answered is as one that was never sent: its bit stays set.
+            nodes_of(write.live).for_each(|f| node.primary.owed[usize::from(f)] = write.id);
             node.primary.write = Write::default();
             acked = write.id;
         }

@@ -119,6 +119,9 @@ pub(super) struct Primary {
     /// Its proposal of unknown fate.
     pub(super) pending: Pending,
     pub(super) targets: [Target; NODES_MAX],
+    /// A write that was answered before the target had it; 0: none. Of several the newest
+    /// (`replica/resync.rs::Target`: `unanswered`).
+    pub(super) owed: [u8; NODES_MAX],
 }
 
 /// A proposal on its way to be committed; outlives whoever made it.
@@ -176,6 +179,12 @@ pub(super) struct Node {
 }
 
 impl Node {
+    /// Targets that a write is on its way to (`replica/resync.rs::Target`: `live`).
+    pub(super) fn live(&self) -> u8 {
+        let owed = (0..).zip(self.primary.owed).filter(|(_, id)| *id > 0);
+        owed.fold(self.primary.write.live, |set, (f, _)| set | bit(f))
+    }
+
     /// A write to the block completes.
     pub(super) fn put(&mut self, content: u8, durable: bool) {
         self.data = content;

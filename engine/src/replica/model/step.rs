@@ -92,7 +92,11 @@ impl Bounds {
         out.extend([Action::Save { p, n: p }, Action::Clear { p, n: p }]);
         out.extend([Action::ProposeRemoval { p }, Action::TakeoverFlush { p }]);
         for f in nodes_of(self.all() & !bit(p)) {
-            out.extend([Action::WriteThere { p, f }, Action::FlushThere { p, f }]);
+            out.extend([
+                Action::WriteThere { p, f },
+                Action::LiveThere { p, f },
+                Action::FlushThere { p, f },
+            ]);
             out.extend([Action::Save { p, n: f }, Action::Clear { p, n: f }]);
             out.extend([Action::Suspect { p, f }, Action::Connect { p, f }, Action::BeginResync { p, f }]);
             out.extend([Action::Copy { p, f }, Action::JoinFlush { p, f }, Action::ProposeJoin { p, f }]);
@@ -107,6 +111,7 @@ impl Bounds {
             Action::Write { p } => self.write(&mut s, p),
             Action::WriteHere { p } => write_here(&mut s, p),
             Action::WriteThere { p, f } => self.write_there(&mut s, p, f),
+            Action::LiveThere { p, f } => self.live_there(&mut s, p, f),
             Action::FlushAlone { p } => self.flush_alone(&mut s, p),
             Action::Flush { p } => self.flush(&mut s, p),
             Action::FlushThere { p, f } => flush_there(&mut s, p, f),
@@ -193,6 +198,9 @@ impl Bounds {
         }
         let all = self.all();
         let waited = write.waits & bit(f) != 0;
+        if s.node(p).primary.owed[usize::from(f)] > 0 {
+            self.live_there(s, p, f)?; // it was sent before
+        }
         let node = s.node_mut(f);
         if !self.lacks(Without::R12Receiver) {
             node.dirty |= write.missing & !bit(f);
@@ -209,6 +217,27 @@ impl Bounds {
         }
         primary.primary.write.waits &= !bit(f);
         primary.primary.write.live &= !bit(f);
+        Some(())
+    }
+
+    fn live_there(&self, s: &mut State, p: u8, f: u8) -> Option<()> {
+        ensure(follows(s, p, f))?;
+        let id = s.node(p).primary.owed[usize::from(f)];
+        ensure(id > 0)?;
+        let missing = self.all() & !s.node(p).config.members() & !bit(f);
+        let node = s.node_mut(f);
+        if !self.lacks(Without::R12Receiver) {
+            node.dirty |= missing;
+        }
+        node.intent = true;
+        node.clearing = false;
+        node.put(id, false);
+        let primary = s.node_mut(p);
+        primary.primary.owed[usize::from(f)] = 0;
+        // Only the newest clears the bit [R21].
+        if primary.primary.write.live & bit(f) == 0 {
+            unmark(primary, bit(f));
+        }
         Some(())
     }
 
@@ -332,7 +361,7 @@ impl Bounds {
         let node = s.node(p);
         let target = node.primary.targets[usize::from(f)];
         ensure(matches!(target, Target::Copying | Target::Entered))?;
-        ensure(node.dirty & bit(f) != 0 && node.primary.write.id == 0)?;
+        ensure(node.dirty & !node.live() & bit(f) != 0 && node.primary.write.id == 0)?;
         bring(s, p, f);
         Some(())
     }
@@ -347,7 +376,8 @@ impl Bounds {
         let (write, lacking) = (node.primary.write, node.dirty & bit(f) != 0);
         // What it lacks is on its way in a write that came after it entered.
         let newer = write.id > 0 && write.live & write.waits & bit(f) != 0;
-        let older = write.id > 0 && write.live & !write.waits & bit(f) != 0;
+        let owed = node.primary.owed[usize::from(f)] > 0;
+        let older = owed || (write.id > 0 && write.live & !write.waits & bit(f) != 0);
         ensure(self.lacks(Without::R4Set) || (!older && (!lacking || newer)))?;
         let bitmaps = node.dirty & all & !node.config.members() & !bit(f);
         s.node_mut(p).primary.targets[usize::from(f)] = Target::Ready;
@@ -531,6 +561,7 @@ impl Bounds {
         node.primary.links &= !bit(f);
         node.primary.targets[usize::from(f)] = Target::None;
         node.primary.write.live &= !bit(f);
+        node.primary.owed[usize::from(f)] = 0;
         self.retain_waiting(node, p);
     }
 
