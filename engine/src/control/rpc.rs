@@ -172,6 +172,9 @@ pub(super) fn check_sender(state: &ClusterState, from: &Sender) -> Result<(), St
 /// The registered run of the sender's store that shows that it was rolled back or copied: its counter is not
 /// below the sender's, and it is another run. A store counts its starts durably before it speaks [R13].
 pub(super) fn newer_run(state: &ClusterState, from: &Sender) -> Option<Incarnation> {
+    if mutated(Mutation::R13) {
+        return None;
+    }
     let record = state.nodes.get(&from.node).filter(|record| record.store == from.store)?;
     record.incarnation.filter(|newest| *newest != from.incarnation && newest.boot >= from.incarnation.boot)
 }

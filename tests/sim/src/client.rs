@@ -332,7 +332,10 @@ impl World {
                 self.history.answered(op, released, values);
             }
             // What a failed write left behind is open; the client does it again.
-            Err(_) => self.fate_unknown(client, op),
+            Err(_) => {
+                self.fate_unknown(client, op);
+                self.ask_soon(client, MS);
+            }
         }
     }
 

@@ -221,6 +221,7 @@ impl World {
                 Disk::blank(shape.geometry, VOLUME, DataIdentity([u8::try_from(id).expect("few nodes"); 32]));
             let mut node = Node::new(NodeId(id), clock, disk);
             node.incarnation.boot = control.boots();
+            node.starts = control.boots();
             nodes.push(node);
         }
         let links = at(shape.data + 2);

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use blkrepl_engine::control::{
     ClusterState, Control, ControlError, ControlOptions, Founder, LeaseSnapshot, NodeAddrs, NodeKind,
-    StoreId, init_in, start_in,
+    StoreId, init_in, recover_force_in, start_in,
 };
 use blkrepl_engine::types::{Nanos, NodeId};
 use tokio::sync::watch;
@@ -221,11 +221,10 @@ impl Cluster {
     }
 
     /// Makes a new cluster of one stopped node.
-    #[cfg(test)]
     pub(crate) fn recover(&mut self, id: u64) -> Result<(), ControlError> {
         let machine = self.machines.remove(&id).expect("a machine of this cluster");
         let env = self.env(&machine);
-        let recovered = blkrepl_engine::control::recover_force_in(&env, Path::new("/sim"), NodeId(id));
+        let recovered = recover_force_in(&env, Path::new("/sim"), NodeId(id));
         machine.disk.drop_process();
         let store = recovered.as_ref().map_or(machine.store, |r| r.store);
         self.machines.insert(id, Machine { store, ..machine });

@@ -126,6 +126,8 @@ struct World<'t> {
     outcast: Option<u64>,
     /// The same, and the newest run that it had before.
     outcast_run: Option<(u64, u64)>,
+    /// The run to which the outcast was rolled back, plus its starts since then.
+    rolled_back: Option<u64>,
     /// An earlier state of a disk, and the run that it was taken in.
     image: Option<(u64, Image, u64)>,
     disk_failures: BTreeMap<u64, u64>,
@@ -168,6 +170,7 @@ impl<'t> World<'t> {
             answers: Answers::default(),
             outcast: None,
             outcast_run: None,
+            rolled_back: None,
             image: None,
             disk_failures: BTreeMap::new(),
             faulty: true,
@@ -340,6 +343,9 @@ impl<'t> World<'t> {
         let known = self.disk_failures.insert(id, disk).unwrap_or(0);
         let power = why == POWER_CUT;
         self.say(&format!("n{id} ends: {why}"));
+        if why.contains("rolled back or copied") {
+            self.rolled_back = None;
+        }
         if disk == known && !power && Some(id) != self.outcast {
             return Err(Broken { what: "R13", text: format!("node {id} ended without a cause: {why}") });
         }
@@ -360,7 +366,7 @@ impl<'t> World<'t> {
     fn act(&mut self, what: Todo) -> Result<(), Broken> {
         match what {
             Todo::Start(id) => {
-                if self.cluster.machines[&id].run.is_none() {
+                if self.cluster.machines[&id].run.is_none() && self.may_start(id) {
                     self.say(&format!("n{id} starts"));
                     self.cluster.start(id);
                 }
@@ -391,6 +397,17 @@ impl<'t> World<'t> {
             Todo::Fault => {}
         }
         Ok(())
+    }
+
+    /// Here the promise ends: a copy that is started until it has counted past the run that the others know,
+    /// without reaching any of them before, is not noticed [R13]. Once told, it may start as often as it likes.
+    fn may_start(&mut self, id: u64) -> bool {
+        let (Some(boot), Some((out, known))) = (self.rolled_back, self.outcast_run) else { return true };
+        if out != id {
+            return true;
+        }
+        self.rolled_back = Some(boot + 1);
+        boot < known
     }
 
     fn heal(&mut self) {
@@ -478,7 +495,7 @@ impl<'t> World<'t> {
                     self.later(long, Todo::Well(id));
                 }
             }
-            Fault::StoreLost | Fault::StoreRolledBack => self.lose_store(fault, id),
+            Fault::StoreLost | Fault::StoreRolledBack | Fault::Recovered => self.lose_store(fault, id),
         }
     }
 
@@ -501,8 +518,8 @@ impl<'t> World<'t> {
         self.restart_later(id);
     }
 
-    /// A store is replaced by an empty one, or by an older copy of itself: the node is out [R13]. One of
-    /// three, so that a quorum is left.
+    /// A store is replaced by an empty one, or by an older copy of itself, or becomes that of another cluster: the
+    /// node is out [R13, R19]. One of three, so that a quorum is left.
     fn lose_store(&mut self, fault: Fault, id: u64) {
         let founded = self.cluster.ups().all(|(_, up)| up.state.borrow().volumes.contains_key(&VOL));
         if self.outcast.is_some_and(|out| out != id) || !founded || self.cluster.ups().count() < 3 {
@@ -520,11 +537,20 @@ impl<'t> World<'t> {
                 self.disk_failures.remove(&id);
                 self.outcast = Some(id);
             }
+            // An operator gives the others up, wrongly: they go on without it [R19].
+            (Fault::Recovered, image) => {
+                self.image = image;
+                self.kill(id, true);
+                if self.cluster.recover(id).is_ok() {
+                    self.outcast = Some(id);
+                }
+            }
             // Rolled back to before a run that the others know.
             (_, Some((of, image, then))) if of == id && then + 1 < boot && self.others_know(id, boot) => {
                 self.kill(id, true);
                 self.cluster.machines[&id].disk.restore(image);
                 self.outcast = Some(id);
+                self.rolled_back = Some(then);
             }
             (_, None) => self.image = Some((id, self.cluster.machines[&id].disk.image(), boot)),
             (_, image) => self.image = image,

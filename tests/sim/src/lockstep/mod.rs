@@ -28,6 +28,7 @@ pub(crate) use real::Real;
 #[cfg(test)]
 mod tests {
     use super::control::run;
+    use crate::{Options, run_lockstep};
 
     /// Seeds that showed a fault once: a store that was rolled back and believed again (36, 79, 185), a lease
     /// shorter than the pause between renewals (405).
@@ -40,6 +41,16 @@ mod tests {
             let stats = run(seed, Some(&mut first)).unwrap_or_else(|v| panic!("seed {seed}: {v:?}"));
             assert_eq!(run(seed, Some(&mut again)), Ok(stats), "seed {seed}");
             assert!(first == again, "seed {seed}: another trace");
+        }
+    }
+
+    #[test]
+    fn both_planes_in_lockstep_keep_their_promises_and_a_seed_is_the_same_every_time() {
+        let options = Options { ops: 200, trace: true, ..Options::default() };
+        for seed in 1..=4 {
+            let first = run_lockstep(seed, &options);
+            assert!(first.is_clean(), "seed {seed}: {:?}", first.violation);
+            assert!(first.trace == run_lockstep(seed, &options).trace, "seed {seed}: another trace");
         }
     }
 }

@@ -27,10 +27,11 @@ pub(crate) enum Fault {
     Sick,
     StoreLost,
     StoreRolledBack,
+    Recovered,
 }
 
 impl Fault {
-    const ALL: [Self; 19] = [
+    const ALL: [Self; 20] = [
         Self::Kill,
         Self::Power,
         Self::PowerAll,
@@ -50,6 +51,7 @@ impl Fault {
         Self::Sick,
         Self::StoreLost,
         Self::StoreRolledBack,
+        Self::Recovered,
     ];
 
     pub(crate) fn name(self) -> &'static str {
@@ -73,6 +75,7 @@ impl Fault {
             Self::Sick => "sick replica",
             Self::StoreLost => "store lost",
             Self::StoreRolledBack => "store rolled back",
+            Self::Recovered => "recovered alone",
         }
     }
 }
@@ -115,7 +118,7 @@ impl Plan {
     }
 
     pub(crate) fn next(&self, rng: &mut Rng) -> Option<Fault> {
-        let rare = |f: Fault| matches!(f, Fault::PowerAll | Fault::StoreLost);
+        let rare = |f: Fault| matches!(f, Fault::PowerAll | Fault::StoreLost | Fault::Recovered);
         let fault = if self.on.is_empty() { return None } else { rng.pick(&self.on) };
         (!rare(fault) || rng.chance(200)).then_some(fault)
     }

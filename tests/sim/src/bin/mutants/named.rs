@@ -52,7 +52,7 @@ impl TestBinary {
         }
         let text = String::from_utf8_lossy(&output.stdout);
         let artifact = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-        let executable = artifact.filter_map(|v| v["executable"].as_str().map(PathBuf::from)).last();
+        let executable = artifact.filter_map(|v| v["executable"].as_str().map(PathBuf::from)).next_back();
         executable.map(Self).context("cargo names no test binary")
     }
 
