@@ -83,7 +83,7 @@ impl TestBinary {
     fn run(&self, mutation: &str, names: &[&str]) -> Result<(usize, bool)> {
         let mut child = Command::new(&self.0)
             .arg("--exact")
-            .args(names)
+            .args(names.iter().map(|name| path(name)))
             .env("BLKREPL_MUTATION", mutation)
             .env("RUST_BACKTRACE", "0")
             .env("PROPTEST_DISABLE_FAILURE_PERSISTENCE", "1")
@@ -103,6 +103,11 @@ impl TestBinary {
             text.lines().filter(|line| line.starts_with("test ") && line.ends_with("... ok")).count();
         Ok((passed, finished))
     }
+}
+
+/// The path of a test as the test binary knows it.
+fn path(name: &str) -> String {
+    if name.starts_with("scenarios") { format!("replica::testing::{name}") } else { name.into() }
 }
 
 /// Waits for the end, or brings it about.
