@@ -36,7 +36,9 @@ fn a_write_error_hands_the_role_over_and_the_client_never_sees_it() {
 fn whoever_has_joined_again_stays_secondary() {
     let mut world = two();
     world.crash(node(1));
-    world.run(60);
+    world.pass(Duration::from_millis(1700));
+    assert!(world.failover());
+    world.run(20);
     assert_eq!(world.serving(), Some(node(2)));
     world.start(node(1));
     world.run(100);
