@@ -491,7 +491,9 @@ impl World {
         // nor is one that lost power before it could note that it had joined, or had been forced [R6].
         let refused = |m: &&Member| {
             let n = self.node_ref(m.node);
-            let (Some(replica), false) = (&n.replica, n.holds_all_of(**m) && !n.superblock_rotted) else {
+            // Nor one whose disk failed before it could.
+            let well = n.holds_all_of(**m) && !n.superblock_rotted && n.disk.defects.errors_until <= self.now;
+            let (Some(replica), false) = (&n.replica, well) else {
                 return false;
             };
             let said = VolumeReport { health: replica.health(), report: replica.report() };
