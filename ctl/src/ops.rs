@@ -631,7 +631,7 @@ async fn force_promote(
         expected_epoch: record.epoch,
         to: node.me(),
         lineage: LineageId(random_id()?),
-        fork_epoch: status.report.epoch,
+        fork_epoch: record.shared_epoch(&status.report),
     };
     let text = format!(
         "{my_name} is primary of {name} by force, in a new lineage; {}",

@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::types::{
     BLOCK_SIZE_DEFAULT, ClusterId, ConfigView, Epoch, Geometry, Incarnation, LineageFork, LineageId,
-    LogIndex, Member, NodeId, Reign, ReplicaSlot, ReplicaView, SlotSet, VolumeId, VolumeSettings,
+    LogIndex, Member, NodeId, Reign, ReplicaReport, ReplicaSlot, ReplicaView, SlotSet, VolumeId,
+    VolumeSettings, shared_epoch,
 };
 
 use super::command::{Applied, RequestId};
@@ -161,6 +162,12 @@ impl VolumeRecord {
     #[must_use]
     pub fn free_slot(&self) -> Option<ReplicaSlot> {
         (0..8u8).map(ReplicaSlot).find(|slot| !self.slots_used.contains(*slot))
+    }
+
+    /// Last epoch that a copy has in common with the present lineage: where a force onto it forks [R17].
+    #[must_use]
+    pub fn shared_epoch(&self, copy: &ReplicaReport) -> Epoch {
+        shared_epoch(self.lineage, &self.history, copy.lineage, copy.epoch)
     }
 
     /// Ends the lineage at `fork_epoch`, the last epoch that the copy which goes on holds, and begins

@@ -77,6 +77,19 @@ pub struct LineageFork {
     pub fork_epoch: Epoch,
 }
 
+/// Last epoch that a copy has in common with the present lineage, for a force that goes on from it: a copy of
+/// an earlier lineage holds nothing of those since but what they had in common with it [R17]. 0: nothing.
+///
+/// `lineage` and `history` are the volume's, `copy` and `epoch` what the copy's superblock says.
+#[must_use]
+pub fn shared_epoch(lineage: LineageId, history: &[LineageFork], copy: LineageId, epoch: Epoch) -> Epoch {
+    if copy == lineage {
+        return epoch;
+    }
+    let forks = history.iter().skip_while(|f| f.lineage != copy).map(|f| f.fork_epoch);
+    forks.min().map_or(Epoch(0), |common| common.min(epoch))
+}
+
 /// The committed configuration of one volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConfigView {

@@ -11,7 +11,7 @@ mod ids;
 mod proposal;
 mod status;
 
-pub use config::{ConfigView, Durability, LineageFork, Member, ReplicaView, VolumeSettings};
+pub use config::{ConfigView, Durability, LineageFork, Member, ReplicaView, VolumeSettings, shared_epoch};
 pub use geometry::{
     BLOCK_SIZE_DEFAULT, BlockIndex, BlockRange, ByteRange, Geometry, GeometryError, REGION_SIZE_DEFAULT,
     RegionIndex, VOLUME_SIZE_MAX,

@@ -142,8 +142,8 @@ impl World {
             return false;
         }
         let lineage = LineageId(u128::from(self.rng.next()) << 16 | 1);
-        let op =
-            ClusterOp::ForcePromote { volume, expected_epoch, to: me, lineage, fork_epoch: report.epoch };
+        let fork_epoch = v.shared_epoch(&report);
+        let op = ClusterOp::ForcePromote { volume, expected_epoch, to: me, lineage, fork_epoch };
         self.operator.forces += 1;
         self.submit(at, "promote by force", op);
         true

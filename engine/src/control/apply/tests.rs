@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use crate::types::{
     Epoch, Geometry, Incarnation, LineageFork, LineageId, LogIndex, Member, NodeId, ProposalKind, Reign,
-    VolumeSettings,
+    ReplicaReport, VolumeSettings,
 };
 
 use super::super::command::{Applied, ClusterOp, Command, Leadership, Prepared, RequestId};
@@ -181,6 +181,25 @@ fn r17_a_force_onto_an_older_copy_leaves_no_lineage_with_more_in_common_than_tha
     c.must(op);
     let fork = |lineage| LineageFork { lineage: LineageId(lineage), fork_epoch: Epoch(3) };
     assert_eq!(c.vol().history, [fork(1), fork(2)]);
+}
+
+#[test]
+fn r17_a_copy_shares_with_the_present_lineage_no_more_than_its_own_did() {
+    let mut c = Cluster::pair();
+    c.propose_ok(member(1, 1), ProposalKind::Remove(member(2, 1)));
+    let copy = |lineage, epoch| ReplicaReport {
+        lineage: LineageId(lineage),
+        epoch: Epoch(epoch),
+        ..c.report(member(2, 1).incarnation).report
+    };
+    let (old, present, unknown) = (copy(1, 2), copy(2, 4), copy(7, 4));
+    assert_eq!(c.vol().shared_epoch(&old), Epoch(2), "of this lineage: what it holds");
+    // Node 2 was made anew: its copy holds no epoch.
+    let op = c.force(member(2, 1), 2, 0);
+    c.must(op);
+    assert_eq!(c.vol().shared_epoch(&old), Epoch(0));
+    assert_eq!(c.vol().shared_epoch(&present), Epoch(4));
+    assert_eq!(c.vol().shared_epoch(&unknown), Epoch(0));
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::types::{
     ConfigView, Health, LineageFork, LineageId, LogIndex, Member, NodeId, Proposal, ProposalKind,
-    ProposalOutcome, Reign,
+    ProposalOutcome, Reign, shared_epoch,
 };
 
 use super::super::Replica;
@@ -138,7 +138,11 @@ impl World {
 
     pub(in super::super) fn force(&mut self, id: NodeId) {
         let mut next = self.config.clone();
-        let fork_epoch = self.nodes[&id].replica.as_ref().unwrap().report().epoch;
+        let copy = self.nodes[&id].replica.as_ref().unwrap().report();
+        let fork_epoch = shared_epoch(next.lineage, &next.history, copy.lineage, copy.epoch);
+        for earlier in &mut next.history {
+            earlier.fork_epoch = earlier.fork_epoch.min(fork_epoch);
+        }
         next.history.push(LineageFork { lineage: next.lineage, fork_epoch });
         next.lineage = LineageId(next.lineage.0 + 1);
         next.in_sync = vec![self.member_now(id)];

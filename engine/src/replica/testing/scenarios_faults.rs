@@ -272,6 +272,32 @@ fn r17_everything_is_compared_if_a_lineage_began_from_a_copy_that_was_never_in_s
     world.converge();
 }
 
+/// Found by the simulator, seed 704021: the blank copy of the lineage in between was taken for a known one.
+#[test]
+fn r17_everything_is_compared_if_the_lineage_before_began_from_a_copy_that_was_never_in_sync() {
+    let mut world = two();
+    world.write(node(1), 20, false);
+    world.run(60);
+    world.crash(node(2));
+    world.replace_disk(node(2));
+    world.cut(node(1), node(2));
+    world.start(node(2));
+    world.crash(node(1));
+    world.give_config(node(2));
+    world.settle();
+    world.force(node(2));
+    world.history.power_lost();
+    world.run(20);
+    assert_eq!(world.serving(), Some(node(2)));
+    world.crash(node(2));
+    world.start(node(1));
+    world.give_config(node(1));
+    world.settle();
+    world.force(node(1));
+    world.history.power_lost();
+    world.converge();
+}
+
 #[test]
 fn a_small_intent_map_makes_room_without_waiting_until_a_region_is_idle() {
     let mut options = Options::default();
