@@ -112,7 +112,6 @@ impl Replica {
             self.fail_requests_if_alone();
             return;
         }
-        self.pump_intent_queue();
         while self.can_start() && self.lease_valid() {
             let Some(primary) = &mut self.primary else { return };
             if primary.started() >= STARTED_MAX {
@@ -217,10 +216,8 @@ impl Replica {
         if !(lease && self.config_usable() && self.failure.is_none()) {
             return;
         }
-        let Some(primary) = &mut self.primary else { return };
         // The state belongs to one reign, so every answer in it is of the reign in which it started.
-        let held = std::mem::take(&mut primary.held);
-        for held in held {
+        while let Some(held) = self.primary.as_mut().and_then(|p| p.held.pop_front()) {
             self.writes_acked += u64::from(held.acked_write);
             let Held { conn, cookie, result, .. } = held;
             self.out.push_back(Output::Reply { conn, cookie, result });
@@ -245,7 +242,7 @@ impl Replica {
         for part in parts.into_values().filter(|p| !p.local_issued) {
             self.drop_disk_lock(part.local_lock);
         }
-        for (_, op) in ops {
+        for op in ops.into_values() {
             if let Some(lock) = op.lock {
                 self.drop_range_lock(lock);
             }

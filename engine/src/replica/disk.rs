@@ -4,10 +4,10 @@
 //! out and given up only when the kernel's completion comes in, whatever sessions, reigns and roles did
 //! in between [R7].
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::mutation::{Mutation, mutated};
+use crate::rising_map::RisingMap;
 use crate::types::{BlockRange, Nanos, NodeId};
 use crate::wire::WriteSeq;
 
@@ -45,6 +45,21 @@ pub(super) enum Purpose {
     ChunkRun(NodeId, ChunkId, BlockRange),
 }
 
+impl Purpose {
+    /// Only a request's ordinary progress hangs on it.
+    fn is_routine(self) -> bool {
+        matches!(
+            self,
+            Self::Flush
+                | Self::ClientRead(_)
+                | Self::ZeroBuffer(..)
+                | Self::FillEdges(..)
+                | Self::LocalWrite(_)
+                | Self::Incoming(_)
+        )
+    }
+}
+
 #[derive(Debug)]
 struct InFlight {
     since: Nanos,
@@ -56,13 +71,13 @@ struct InFlight {
 #[derive(Debug)]
 pub(super) struct DiskBook {
     next: u64,
-    ops: BTreeMap<DiskOpId, InFlight>,
+    ops: RisingMap<DiskOpId, InFlight>,
     pub(super) locks: RangeLocks<DiskOwner>,
 }
 
 impl DiskBook {
     pub(super) fn new() -> Self {
-        Self { next: 1, ops: BTreeMap::new(), locks: RangeLocks::new() }
+        Self { next: 1, ops: RisingMap::new(), locks: RangeLocks::new() }
     }
 
     /// Enters the queue for the disk lock of `blocks`; true if it is granted at once [R7].
@@ -120,6 +135,7 @@ impl Replica {
     pub(super) fn disk_done(&mut self, done: DiskDone) {
         let DiskDone { id, result } = done;
         let op = self.disk.ops.remove(&id).expect("a disk operation completes exactly once");
+        self.news |= result.is_err() || !op.purpose.is_routine();
         // A failed replica acknowledges nothing more; its locks end all the same.
         self.route(op.purpose, result);
         if let Some(lock) = op.lock {

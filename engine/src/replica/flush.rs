@@ -9,6 +9,7 @@ use crate::types::NodeId;
 use crate::wire::PeerMsg;
 
 use super::io::ReplyData;
+use super::node_set::NodeSet;
 use super::primary::{OpId, Round, Stage};
 use super::{INTENT_IDLE, Replica};
 
@@ -29,6 +30,9 @@ impl Replica {
             Some(Stage::Solo(ticket)) => flusher.redeemed(ticket),
             _ => false,
         };
+        if primary.solo_queue.is_empty() {
+            return;
+        }
         let done: Vec<OpId> = primary.solo_queue.iter().copied().filter(stable).collect();
         if done.is_empty() {
             return;
@@ -46,10 +50,13 @@ impl Replica {
         if !ended {
             return;
         }
-        let round = primary.round.take().expect("checked above");
+        let mut round = primary.round.take().expect("checked above");
         primary.stable = primary.stable.max(Some(round.through));
-        for id in round.ops {
+        for id in round.ops.drain(..) {
             self.finish(id, Ok(ReplyData::None));
+        }
+        if let Some(primary) = &mut self.primary {
+            primary.spare_queue = round.ops;
         }
         self.tell_stable(false);
         self.clear_intents(false);
@@ -59,8 +66,8 @@ impl Replica {
     pub(super) fn tell_stable(&mut self, drain: bool) {
         let Some(primary) = &self.primary else { return };
         let Some(through) = primary.stable else { return };
-        let (reign, nodes) = (primary.reign, primary.acks.keys().copied().collect::<Vec<NodeId>>());
-        for node in nodes {
+        let (reign, nodes) = (primary.reign, primary.acks.keys().copied().collect::<NodeSet>());
+        for node in nodes.iter() {
             if let Some(session) = self.reported_session(node) {
                 self.send(session, PeerMsg::Stable { reign, through, drain });
             }
@@ -91,7 +98,8 @@ impl Replica {
             return;
         }
         primary.flush_wanted = false;
-        let ops = std::mem::take(&mut primary.flush_queue);
+        let spare = std::mem::take(&mut primary.spare_queue);
+        let ops = std::mem::replace(&mut primary.flush_queue, spare);
         let locally = mutated(Mutation::FlushOnlyLocally);
         let waiting = primary.acks.keys().copied().filter(|_| !locally).collect();
         let reign = primary.reign;
@@ -99,8 +107,8 @@ impl Replica {
         let (local, now) = (self.flusher.request(), self.now);
         let Some(primary) = &mut self.primary else { return };
         primary.round = Some(Round { id, through, local, started: now, waiting, ops });
-        let nodes: Vec<NodeId> = primary.acks.keys().copied().collect();
-        for node in nodes {
+        let nodes: NodeSet = primary.acks.keys().copied().collect();
+        for node in nodes.iter() {
             if let Some(session) = self.reported_session(node) {
                 self.send(session, PeerMsg::Flush { reign, id });
             }
@@ -110,7 +118,7 @@ impl Replica {
     pub(super) fn flush_acked(&mut self, node: NodeId, id: u64) {
         let round = self.primary.as_mut().and_then(|p| p.round.as_mut());
         if let Some(round) = round.filter(|r| r.id == id) {
-            round.waiting.remove(&node);
+            round.waiting.remove(node);
         }
     }
 
@@ -150,7 +158,7 @@ impl Replica {
         let keep_max = max.saturating_sub((max / 4).max(1));
         let missing = self.missing_slots();
         self.intents.clear_idle(&mut self.store, stable, idle_before, keep_max, |store, blocks| {
-            missing.iter().flat_map(|slot| store.save_dirty(*slot, blocks)).collect()
+            missing.iter().flat_map(|slot| store.save_dirty(slot, blocks)).collect()
         });
     }
 }

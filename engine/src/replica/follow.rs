@@ -7,9 +7,10 @@
 //! - A new session, or a new reign, first discards what the old one had not begun; what the kernel has runs
 //!   to its end under its disk lock before the new reign is confirmed [R7, R11].
 
-use std::collections::BTreeMap;
+use std::collections::VecDeque;
 
 use crate::mutation::{Mutation, mutated};
+use crate::rising_map::{RisingMap, rising};
 use crate::types::{BlockRange, LogIndex, Member, NodeId, Reign, SlotSet};
 use crate::wire::{BlockHash, Payload, PeerMsg, PeerReport, Run, RunsKind, SessionId, WriteSeq};
 
@@ -26,6 +27,8 @@ const RUNS_PER_MSG: usize = 32_768;
 /// Names something a peer asked for; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct IncomingId(u64);
+
+rising!(IncomingId);
 
 /// What a peer asked for.
 #[derive(Debug)]
@@ -57,14 +60,14 @@ struct Incoming {
 #[derive(Debug, Default)]
 pub(super) struct Following {
     next: u64,
-    incoming: BTreeMap<IncomingId, Incoming>,
+    incoming: RisingMap<IncomingId, Incoming>,
     /// A take-over to confirm as soon as the disk is quiet.
     takeover: Option<(SessionId, Reign)>,
     /// The session and reign that were confirmed.
     pub(super) confirmed: Option<(SessionId, Reign)>,
     /// Acknowledgements that wait for the superblock of the config.
-    answers: Vec<(SessionId, Reign, PeerMsg)>,
-    flushes: Vec<(SessionId, Reign, u64, FlushTicket)>,
+    answers: VecDeque<(SessionId, Reign, PeerMsg)>,
+    flushes: VecDeque<(SessionId, Reign, u64, FlushTicket)>,
     /// Writes of this reign that are stable on all of the ack set.
     pub(super) stable: Option<WriteSeq>,
     pub(super) joining: Joining,
@@ -182,7 +185,7 @@ impl Replica {
             }
             PeerMsg::Flush { id, .. } => {
                 let ticket = self.flusher.request();
-                self.following.flushes.push((session, reign, id, ticket));
+                self.following.flushes.push_back((session, reign, id, ticket));
             }
             PeerMsg::Stable { through, drain, .. } => {
                 self.following.stable = self.following.stable.max(Some(through));
@@ -202,11 +205,8 @@ impl Replica {
         if mutated(Mutation::R12) {
             return;
         }
-        let mut slots: Vec<_> = missing.iter().filter(|slot| *slot != self.slot).collect();
-        if self.config_index() > config {
-            slots.extend(self.missing_slots());
-        }
-        for slot in slots {
+        let newer = if self.config_index() > config { self.missing_slots() } else { SlotSet::default() };
+        for slot in missing.union(newer).iter().filter(|slot| *slot != self.slot) {
             if let Some(bitmap) = self.store.dirty_mut(slot) {
                 bitmap.set_range(blocks.start.0, blocks.count);
             }
@@ -234,10 +234,10 @@ impl Replica {
         }
     }
 
-    /// Bits of the intent map or the superblock became durable: begin what waited for them.
+    /// Bits of the intent map or the superblock may have become durable: begin what waited for them.
     pub(super) fn intents_changed(&mut self) {
         let waiting: Vec<_> =
-            self.following.incoming.iter().filter(|(_, i)| !i.started).map(|(id, _)| *id).collect();
+            self.following.incoming.iter().filter(|(_, i)| !i.started).map(|(id, _)| id).collect();
         for id in waiting {
             self.try_start(id);
         }
@@ -302,7 +302,7 @@ impl Replica {
                 return self.read_for_repair_done(session, reign, id, result);
             }
         };
-        self.following.answers.push((session, reign, answer));
+        self.following.answers.push_back((session, reign, answer));
     }
 
     fn incoming_failed(&mut self, kind: DiskErrorKind) {
@@ -367,7 +367,7 @@ impl Replica {
             .incoming
             .iter()
             .filter(|(_, i)| !i.started && which(i))
-            .map(|(id, _)| *id)
+            .map(|(id, _)| id)
             .collect();
         let mut locks = Vec::new();
         for id in ids {
@@ -387,23 +387,22 @@ impl Replica {
     }
 
     pub(super) fn pump_following(&mut self) {
-        self.intents_changed();
         if self.failure.is_some() {
             return;
         }
         self.confirm_takeover();
-        if self.config_durable() {
-            for (session, reign, answer) in std::mem::take(&mut self.following.answers) {
-                if self.following.confirmed == Some((session, reign)) {
-                    self.send(session, answer);
-                }
+        while self.config_durable()
+            && let Some((session, reign, answer)) = self.following.answers.pop_front()
+        {
+            if self.following.confirmed == Some((session, reign)) {
+                self.send(session, answer);
             }
         }
-        let flusher = &self.flusher;
-        let (done, waiting): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.following.flushes).into_iter().partition(|f| flusher.redeemed(f.3));
-        self.following.flushes = waiting;
-        for (session, reign, id, _) in done {
+        // Tickets are redeemed in the order in which they were made.
+        while let Some((session, reign, id, ticket)) = self.following.flushes.front().copied()
+            && self.flusher.redeemed(ticket)
+        {
+            self.following.flushes.pop_front();
             if self.following.confirmed == Some((session, reign)) {
                 self.send(session, PeerMsg::FlushAck { reign, id });
             }

@@ -13,6 +13,7 @@
 
 use std::fmt;
 
+use crate::rising_map::rising;
 use crate::types::{
     BlockRange, Epoch, Incarnation, Nanos, NodeId, Proposal, Reign, ReplicaStatus, ResyncProgress,
 };
@@ -25,6 +26,8 @@ pub struct ConnId(pub u64);
 /// Names one request of a connection for its reply; the driver's, opaque to the core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Cookie(pub u64);
+
+rising!(Cookie);
 
 /// What a client asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +103,8 @@ pub enum ReplyData {
 /// Names one disk operation; never reused within an incarnation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DiskOpId(pub u64);
+
+rising!(DiskOpId);
 
 /// A disk operation with its name.
 #[derive(Clone, Debug, PartialEq, Eq)]

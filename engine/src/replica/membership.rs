@@ -170,8 +170,8 @@ impl Replica {
             return Some(format!("nothing heard of it for {} ms", limit.as_millis()));
         }
         let primary = self.primary.as_ref()?;
-        let write = primary.parts.values().find(|p| p.waiting.contains(&node)).map(|p| p.started);
-        let flush = primary.round.as_ref().filter(|r| r.waiting.contains(&node)).map(|r| r.started);
+        let write = primary.parts.values().find(|p| p.waiting.contains(node)).map(|p| p.started);
+        let flush = primary.round.as_ref().filter(|r| r.waiting.contains(node)).map(|r| r.started);
         let target = primary.targets.get(&node);
         let request = target.and_then(|t| t.requests.values().map(|r| r.asked).min());
         let call = match primary.phase {

@@ -39,6 +39,7 @@ mod membership;
 mod meta_store;
 #[cfg(test)]
 mod model;
+mod node_set;
 mod peer;
 mod primary;
 mod range_lock;
@@ -58,7 +59,7 @@ use crate::meta::{CHAIN_MAX, Image};
 use crate::mutation::{Mutation, mutated};
 use crate::types::{
     ConfigView, Epoch, Geometry, Incarnation, Member, Nanos, NodeId, ProposalId, ProposalOutcome, Reign,
-    ReplicaSlot, SuperblockTrust, VolumeSettings,
+    ReplicaSlot, SlotSet, SuperblockTrust, VolumeSettings,
 };
 use crate::wire::{BufId, PeerMsg, SessionId};
 
@@ -132,6 +133,8 @@ pub struct Replica {
     next_proposal: ProposalId,
     next_request: u64,
     next_tick: Nanos,
+    /// Something came in since the last maintenance that is not a request's ordinary progress.
+    news: bool,
     out: VecDeque<Output>,
 }
 
@@ -188,6 +191,7 @@ impl Replica {
             next_proposal: ProposalId(boot.now.0.max(1)),
             next_request: 1,
             next_tick: boot.now,
+            news: true,
             out: VecDeque::new(),
         };
         for slot in replica.store.slots() {
@@ -224,6 +228,7 @@ impl Replica {
     /// A request of a client, or the end of its connection.
     pub fn handle_client(&mut self, now: Nanos, input: ClientInput) {
         self.advance(now);
+        self.news |= matches!(input, ClientInput::Closed(_));
         match input {
             ClientInput::Request(request) => self.client_request(request),
             ClientInput::Closed(conn) => self.client_closed(conn),
@@ -241,6 +246,14 @@ impl Replica {
     /// Something came from a peer.
     pub fn handle_peer(&mut self, now: Nanos, input: PeerInput) {
         self.advance(now);
+        let routine = |msg: &PeerMsg| {
+            use PeerMsg::{Flush, FlushAck, Ping, Pong, Stable, Write, WriteAck};
+            matches!(
+                msg,
+                Write { .. } | WriteAck { .. } | Flush { .. } | FlushAck { .. } | Stable { .. } | Ping | Pong
+            )
+        };
+        self.news |= !matches!(&input, PeerInput::Msg(_, msg) if routine(msg));
         match input {
             PeerInput::Up { session, node, incarnation } => self.session_up(session, node, incarnation),
             PeerInput::Down(session) => self.session_down(session),
@@ -252,6 +265,7 @@ impl Replica {
     /// A committed config, from the control plane.
     pub fn handle_config(&mut self, now: Nanos, config: ConfigView) {
         self.advance(now);
+        self.news = true;
         self.adopt_config(config);
         self.maintain();
     }
@@ -259,6 +273,7 @@ impl Replica {
     /// A lease for this volume was granted or prolonged.
     pub fn handle_lease(&mut self, now: Nanos, lease: Lease) {
         self.advance(now);
+        self.news = true;
         self.lease = Some(lease);
         self.maintain();
     }
@@ -266,6 +281,7 @@ impl Replica {
     /// What became of a proposal.
     pub fn handle_proposal(&mut self, now: Nanos, id: ProposalId, outcome: ProposalOutcome) {
         self.advance(now);
+        self.news = true;
         self.proposal_outcome(id, outcome);
         self.maintain();
     }
@@ -273,6 +289,7 @@ impl Replica {
     /// Time has passed; wanted at [`Replica::poll_deadline`].
     pub fn handle_tick(&mut self, now: Nanos) {
         self.advance(now);
+        self.news = true;
         if self.next_tick <= now {
             self.next_tick = now.after(TICK);
             self.tick();
@@ -307,19 +324,39 @@ impl Replica {
     }
 
     /// The fixed list of steps after each input. Each is idempotent and cheap when there is nothing to do.
+    ///
+    /// While requests make their ordinary progress on a volume that is in sync and whose set is not about to
+    /// change, the steps that look at members, targets and planned changes have nothing to do; they run all
+    /// the same after everything else that comes in, a tick included, so that none can be forgotten.
     fn maintain(&mut self) {
+        let news = std::mem::take(&mut self.news) || self.is_changing();
+        if news {
+            self.intents_changed();
+        }
         self.pump_following();
-        self.pump_takeover();
+        if news {
+            self.pump_takeover();
+            self.pump_intent_queue();
+        }
         self.pump_clients();
         self.pump_flush();
-        self.pump_membership();
-        self.pump_resync();
-        self.pump_hold();
-        self.pump_stop();
+        if news {
+            self.pump_membership();
+            self.pump_resync();
+            self.pump_hold();
+            self.pump_stop();
+        }
         self.pump_flusher();
         self.pump_store();
         self.release_held();
         self.check_invariants();
+    }
+
+    /// True while a role, the set or a replica's state is changing: then every input may move that on.
+    fn is_changing(&self) -> bool {
+        self.failure.is_some()
+            || !self.stop.is_no()
+            || self.primary.as_ref().is_some_and(|primary| primary.is_changing())
     }
 
     fn pump_store(&mut self) {
@@ -399,14 +436,15 @@ impl Replica {
     }
 
     /// Slots of all replicas but this one that are not named members: who is missing.
-    fn missing_slots(&self) -> Vec<ReplicaSlot> {
-        let Some(config) = &self.config else { return Vec::new() };
-        config
-            .replicas
-            .iter()
-            .filter(|r| r.node != self.me.node && config.member(r.node).is_none())
-            .map(|r| r.slot)
-            .collect()
+    fn missing_slots(&self) -> SlotSet {
+        let mut missing = SlotSet::default();
+        let Some(config) = &self.config else { return missing };
+        for replica in &config.replicas {
+            if replica.node != self.me.node && config.member(replica.node).is_none() {
+                missing.insert(replica.slot);
+            }
+        }
+        missing
     }
 
     /// Marks every set intent region whole in the bitmaps of all others [R3].

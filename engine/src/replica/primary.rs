@@ -5,6 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use smallvec::SmallVec;
+
+use crate::rising_map::{RisingMap, rising};
 use crate::types::{BlockRange, Incarnation, Nanos, NodeId, Proposal, Reign};
 use crate::wire::{BufId, Payload, WriteSeq};
 
@@ -13,6 +16,7 @@ use super::flusher::FlushTicket;
 use super::hold::Hold;
 use super::io::{ClientError, ClientRequest, ConnId, Cookie, ReplyData};
 use super::membership::Removal;
+use super::node_set::NodeSet;
 use super::range_lock::{LockId, RangeLocks};
 use super::resync::Target;
 
@@ -20,6 +24,8 @@ use super::resync::Target;
 /// reign may complete in a newer one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct OpId(pub(super) u64);
+
+rising!(OpId);
 
 /// Whose a range lock is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +44,16 @@ pub(super) struct Planned {
     pub(super) head: u32,
     pub(super) tail: u32,
 }
+
+impl Planned {
+    /// The client did not give all of the first or the last block.
+    pub(super) fn is_partial(&self) -> bool {
+        self.head > 0 || self.tail > 0
+    }
+}
+
+/// The parts of a write. Only zeroes have more than one.
+pub(super) type Plan = SmallVec<[Planned; 1]>;
 
 /// Where a request stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +83,7 @@ pub(super) struct Op {
     pub(super) blocks: BlockRange,
     pub(super) stage: Stage,
     pub(super) lock: Option<LockId>,
-    pub(super) plan: Vec<Planned>,
+    pub(super) plan: Plan,
     /// Parts not yet filled, or not yet committed.
     pub(super) left: usize,
     /// The intent map counts it as a write in flight.
@@ -98,7 +114,7 @@ pub(super) struct Part {
     pub(super) local_lock: LockId,
     pub(super) local_issued: bool,
     /// Members of the ack set that have not acknowledged.
-    pub(super) waiting: BTreeSet<NodeId>,
+    pub(super) waiting: NodeSet,
 }
 
 /// One flush of the whole ack set.
@@ -109,7 +125,7 @@ pub(super) struct Round {
     pub(super) through: WriteSeq,
     pub(super) local: FlushTicket,
     pub(super) started: Nanos,
-    pub(super) waiting: BTreeSet<NodeId>,
+    pub(super) waiting: NodeSet,
     pub(super) ops: Vec<OpId>,
 }
 
@@ -149,16 +165,20 @@ pub(super) struct Primary {
     pub(super) reign: Reign,
     pub(super) phase: Phase,
     pub(super) hold: Hold,
-    pub(super) ops: BTreeMap<OpId, Op>,
+    pub(super) ops: RisingMap<OpId, Op>,
     pub(super) queue: VecDeque<OpId>,
     pub(super) intent_queue: VecDeque<OpId>,
+    /// A write waits for room in the intent map: later ones queue behind it.
+    pub(super) intent_full: bool,
     pub(super) solo_queue: Vec<OpId>,
     pub(super) locks: RangeLocks<LockOwner>,
     pub(super) next_seq: WriteSeq,
-    pub(super) parts: BTreeMap<WriteSeq, Part>,
+    pub(super) parts: RisingMap<WriteSeq, Part>,
     pub(super) stable: Option<WriteSeq>,
     pub(super) round: Option<Round>,
     pub(super) flush_queue: Vec<OpId>,
+    /// Memory of an ended round, for the next one.
+    pub(super) spare_queue: Vec<OpId>,
     pub(super) flush_wanted: bool,
     pub(super) held: VecDeque<Held>,
     /// Who must commit a write besides this replica: the other named members, and who is joining.
@@ -175,16 +195,18 @@ impl Primary {
             reign,
             phase: Phase::TakingOver { since: now, flush: None, reconciled: BTreeSet::new() },
             hold: Hold::None,
-            ops: BTreeMap::new(),
+            ops: RisingMap::new(),
             queue: VecDeque::new(),
             intent_queue: VecDeque::new(),
+            intent_full: false,
             solo_queue: Vec::new(),
             locks: RangeLocks::new(),
             next_seq: WriteSeq(1),
-            parts: BTreeMap::new(),
+            parts: RisingMap::new(),
             stable: None,
             round: None,
             flush_queue: Vec::new(),
+            spare_queue: Vec::new(),
             flush_wanted: false,
             held: VecDeque::new(),
             acks: BTreeMap::new(),
@@ -199,6 +221,15 @@ impl Primary {
         matches!(self.phase, Phase::Serving)
     }
 
+    /// True while something else than requests is under way.
+    pub(super) fn is_changing(&self) -> bool {
+        !self.serving()
+            || !self.hold.is_none()
+            || !self.targets.is_empty()
+            || self.removal.is_some()
+            || self.pending.is_some()
+    }
+
     /// Puts a request at the end of the queue.
     pub(super) fn enqueue(&mut self, id: OpId, request: ClientRequest, blocks: BlockRange) {
         let op = Op {
@@ -206,7 +237,7 @@ impl Primary {
             blocks,
             stage: Stage::Lock,
             lock: None,
-            plan: Vec::new(),
+            plan: Plan::new(),
             left: 0,
             intent: false,
             durable: false,

@@ -5,6 +5,8 @@
 //! read from a member of the ack set, under the exclusive lock, rewritten here (intent first) and only
 //! then answered [R20].
 
+use smallvec::smallvec;
+
 use crate::mutation::{Mutation, mutated};
 use crate::types::{BlockRange, Nanos, NodeId};
 use crate::wire::{Payload, PeerMsg};
@@ -14,7 +16,7 @@ use super::disk::Purpose;
 use super::io::{
     ClientError, ClientOp, ClientRequest, ConnId, Cookie, DiskErrorKind, DiskOp, DiskResult, Event, ReplyData,
 };
-use super::primary::{LockOwner, Op, OpId, Planned, Primary, Stage};
+use super::primary::{LockOwner, Op, OpId, Plan, Planned, Primary, Stage};
 
 /// A repair under way.
 #[derive(Debug)]
@@ -27,11 +29,11 @@ pub(super) struct Repair {
     /// Nobody can be asked at the moment; whoever can be next will be.
     waiting: bool,
     /// The plan of a write whose edges could not be filled, to go on with; `None` for a read.
-    resume: Option<Vec<Planned>>,
+    resume: Option<Plan>,
 }
 
 impl Repair {
-    fn new(blocks: BlockRange, resume: Option<Vec<Planned>>) -> Self {
+    fn new(blocks: BlockRange, resume: Option<Plan>) -> Self {
         Self { blocks, tried: Vec::new(), request: None, waiting: false, resume }
     }
 }
@@ -190,7 +192,7 @@ impl Replica {
             if let Some(repair) = op.repair.as_mut().filter(|r| r.waiting || left(r)) {
                 repair.waiting = false;
                 repair.request = None;
-                ids.push(*id);
+                ids.push(id);
             }
         }
         for id in ids {
@@ -221,13 +223,12 @@ impl Replica {
             }
             return;
         };
-        let id = *id;
         let blocks = op.repair.as_ref().map_or(op.blocks, |r| r.blocks);
         match payload {
             Some(payload)
                 if u64::from(payload.len) == blocks.count * u64::from(self.geometry.block_size()) =>
             {
-                op.plan = vec![Planned { blocks, payload: Some(payload), head: 0, tail: 0 }];
+                op.plan = smallvec![Planned { blocks, payload: Some(payload), head: 0, tail: 0 }];
                 self.queue_for_intent(id);
             }
             Some(payload) => {
@@ -248,7 +249,7 @@ impl Replica {
                 // It did not answer; it may be asked again when it is back.
                 repair.tried.pop();
                 repair.request = None;
-                ids.push(*id);
+                ids.push(id);
             }
         }
         for id in ids {
@@ -272,13 +273,13 @@ impl Replica {
         }
     }
 
-    fn resume_write(&mut self, id: OpId, plan: Vec<Planned>) {
+    fn resume_write(&mut self, id: OpId, plan: Plan) {
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.get_mut(&id).expect("a repaired request exists");
         op.plan = plan;
         op.stage = Stage::Fill;
         let partial: Vec<usize> = (0..op.plan.len())
-            .filter(|n| (op.plan[*n].head > 0 || op.plan[*n].tail > 0) && op.plan[*n].payload.is_some())
+            .filter(|n| op.plan[*n].is_partial() && op.plan[*n].payload.is_some())
             .collect();
         op.left = partial.len();
         for n in partial {

@@ -419,8 +419,7 @@ impl Replica {
         let reign = self.reign();
         let joiner = self.peers.get(&node).map(|p| p.slot);
         let wanted = |s: &ReplicaSlot| Some(*s) != joiner && !mutated(Mutation::R12);
-        let others: Vec<ReplicaSlot> = self.missing_slots().into_iter().filter(wanted).collect();
-        for slot in others {
+        for slot in self.missing_slots().iter().filter(wanted) {
             let runs = self.store.dirty(slot).map(|b| b.runs(0).collect::<Vec<_>>()).unwrap_or_default();
             self.send_runs(session, reign, RunsKind::Dirty(slot), &runs);
         }

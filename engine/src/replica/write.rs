@@ -8,14 +8,17 @@
 //! write tells every receiver to do the same [R12]. While this replica is, or could be, the whole
 //! committed set, a write is stable before it is acknowledged [R14].
 
+use smallvec::{SmallVec, smallvec};
+
 use crate::mutation::{Mutation, mutated};
-use crate::types::{BlockRange, Durability, LogIndex, NodeId, SlotSet};
+use crate::types::{BlockRange, Durability, LogIndex, NodeId};
 use crate::wire::{PeerMsg, WriteSeq};
 
 use super::Replica;
 use super::disk::{DiskOwner, Purpose};
 use super::io::{ClientError, ClientOp, DiskErrorKind, DiskOp, DiskResult, ReplyData};
-use super::primary::{OpId, Part, Planned, Stage};
+use super::node_set::NodeSet;
+use super::primary::{OpId, Part, Plan, Planned, Stage};
 
 impl Replica {
     /// The range lock is held: plan the parts.
@@ -28,18 +31,16 @@ impl Replica {
         if let ClientOp::Write(payload) = op.request.op {
             let head = offset_in_block(start, block_size);
             let tail = offset_in_block(op.blocks.end() * block_size - end, block_size);
-            op.plan = vec![Planned { blocks: op.blocks, payload: Some(payload), head, tail }];
+            op.plan = smallvec![Planned { blocks: op.blocks, payload: Some(payload), head, tail }];
         } else {
             op.plan = plan_zeroes(start, end, block_size);
         }
-        let partial: Vec<(usize, Planned)> =
-            op.plan.iter().copied().enumerate().filter(|(_, p)| p.head > 0 || p.tail > 0).collect();
-        op.left = partial.len();
-        if partial.is_empty() {
+        op.left = op.plan.iter().filter(|p| p.is_partial()).count();
+        if op.left == 0 {
             self.queue_for_intent(id);
             return;
         }
-        for (n, planned) in partial {
+        for (n, planned) in op.plan.clone().into_iter().enumerate().filter(|(_, p)| p.is_partial()) {
             match planned.payload {
                 Some(_) => self.fill_edges(id, n),
                 None => {
@@ -115,47 +116,66 @@ impl Replica {
         }
     }
 
+    /// Sets the intent of a request and launches it if that is durable, which it is in regions that are
+    /// written to at the time. Otherwise the request waits.
     pub(super) fn queue_for_intent(&mut self, id: OpId) {
         let Some(primary) = &mut self.primary else { return };
         if let Some(op) = primary.ops.get_mut(&id) {
             op.stage = Stage::Intent;
+        }
+        if self.set_intent(id) && self.may_launch() {
+            self.launch(id);
+        } else if let Some(primary) = &mut self.primary {
             primary.intent_queue.push_back(id);
         }
-        self.pump_intent_queue();
     }
 
-    /// Sets intents in order of arrival, within the bound on set regions, and launches what is covered
-    /// durably.
+    /// Sets what intents have room now, in order of arrival, and launches what is covered durably.
     pub(super) fn pump_intent_queue(&mut self) {
-        let max = usize::try_from(self.settings().intent_regions_max).unwrap_or(usize::MAX);
-        let Some(primary) = &mut self.primary else { return };
-        let mut ready = Vec::new();
-        let mut full = false;
-        let (intents, store, now) = (&mut self.intents, &mut self.store, self.now);
-        for id in &primary.intent_queue {
-            let op = primary.ops.get_mut(id).expect("a request waiting for its intent exists");
-            if !op.intent {
-                full |= intents.new_regions(op.blocks) > 0 && intents.len() >= max;
-                if full {
-                    continue;
-                }
-                intents.begin(store, op.blocks, now);
-                op.intent = true;
-            }
-            if intents.durable(store, op.blocks) || mutated(Mutation::SendBeforeIntent) {
-                ready.push(*id);
-            }
-        }
-        primary.flush_wanted |= full;
-        // A failed replica sends nothing more: what it filled edges with may be older than what was acknowledged.
-        if ready.is_empty() || !self.config_usable() || self.failure.is_some() {
+        if self.failure.is_some() {
             return;
         }
         let Some(primary) = &mut self.primary else { return };
-        primary.intent_queue.retain(|id| !ready.contains(id));
+        primary.intent_full = false;
+        let mut ready = Vec::new();
+        for n in 0..primary.intent_queue.len() {
+            let id = self.primary.as_ref().map(|p| p.intent_queue[n]);
+            ready.extend(id.filter(|id| self.set_intent(*id)));
+        }
+        if ready.is_empty() || !self.may_launch() {
+            return;
+        }
+        let Some(primary) = &mut self.primary else { return };
+        // Both are in the order of arrival.
+        let mut next = ready.iter().peekable();
+        primary.intent_queue.retain(|id| next.next_if_eq(&id).is_none());
         for id in ready {
             self.launch(id);
         }
+    }
+
+    /// A failed replica sends nothing more: what it filled edges with may be older than what was acknowledged.
+    fn may_launch(&self) -> bool {
+        self.config_usable() && self.failure.is_none()
+    }
+
+    /// Sets the bits of a request's regions if they are not set yet, within the bound on set regions and not
+    /// before those of an earlier request. True if they are durable.
+    fn set_intent(&mut self, id: OpId) -> bool {
+        let max = usize::try_from(self.settings().intent_regions_max).unwrap_or(usize::MAX);
+        let Some(primary) = &mut self.primary else { return false };
+        let op = primary.ops.get_mut(&id).expect("a request waiting for its intent exists");
+        let (intents, store) = (&mut self.intents, &mut self.store);
+        if !op.intent {
+            primary.intent_full |= intents.len() >= max && intents.new_regions(op.blocks) > 0;
+            primary.flush_wanted |= primary.intent_full;
+            if primary.intent_full {
+                return false;
+            }
+            intents.begin(store, op.blocks, self.now);
+            op.intent = true;
+        }
+        intents.durable(store, op.blocks) || mutated(Mutation::SendBeforeIntent)
     }
 
     /// True if this replica is the whole committed set, or could be once a removal under way commits [R14].
@@ -178,8 +198,9 @@ impl Replica {
         op.durable = op.request.fua || always || alone;
         let (plan, durable) = (op.plan.clone(), op.durable);
         // A repair writes here alone: the others have the content.
-        let waiting = if op.repair.is_some() { Vec::new() } else { primary.acks.keys().copied().collect() };
-        let mut launched = Vec::new();
+        let repair = op.repair.is_some();
+        let waiting = if repair { NodeSet::default() } else { primary.acks.keys().copied().collect() };
+        let mut launched: SmallVec<[_; 1]> = SmallVec::new();
         for planned in plan {
             let seq = primary.take_seq();
             let owner = DiskOwner::Local(seq);
@@ -193,7 +214,7 @@ impl Replica {
                 local_done: false,
                 local_lock,
                 local_issued: false,
-                waiting: waiting.iter().copied().collect(),
+                waiting,
             };
             primary.parts.insert(seq, part);
             launched.push((seq, granted, planned.blocks));
@@ -201,7 +222,6 @@ impl Replica {
         if let Some(op) = primary.ops.get_mut(&id) {
             op.last_seq = launched.last().map(|(seq, ..)| *seq);
         }
-        let repair = primary.ops[&id].repair.is_some();
         for (seq, granted, blocks) in launched {
             if !repair {
                 self.mark_missing(blocks);
@@ -218,7 +238,7 @@ impl Replica {
 
     /// Marks blocks for every replica that is not a named member [R12].
     pub(super) fn mark_missing(&mut self, blocks: BlockRange) {
-        for slot in self.missing_slots() {
+        for slot in self.missing_slots().iter() {
             if let Some(bitmap) = self.store.dirty_mut(slot) {
                 bitmap.set_range(blocks.start.0, blocks.count);
             }
@@ -227,13 +247,13 @@ impl Replica {
 
     fn send_to_all(&mut self, seq: WriteSeq) {
         let Some(primary) = &self.primary else { return };
-        let members: Vec<NodeId> =
+        let members: NodeSet =
             primary.acks.keys().copied().filter(|n| !primary.targets.contains_key(n)).collect();
-        let targets: Vec<NodeId> = primary.targets.keys().copied().collect();
-        for node in members {
+        let targets: NodeSet = primary.targets.keys().copied().collect();
+        for node in members.iter() {
             self.send_part(seq, node);
         }
-        for node in targets {
+        for node in targets.iter() {
             self.send_live(seq, node);
         }
     }
@@ -246,7 +266,7 @@ impl Replica {
             .parts
             .range(..newer)
             .filter(|(_, part)| part.blocks.overlaps(&blocks))
-            .map(|(seq, part)| (*seq, part.waiting.iter().copied().collect()))
+            .map(|(seq, part)| (seq, part.waiting.iter().collect()))
             .collect();
         for (seq, nodes) in older {
             for node in nodes {
@@ -259,7 +279,7 @@ impl Replica {
     /// If there is none it is sent when there is one (`resend_parts`).
     pub(super) fn send_part(&mut self, seq: WriteSeq, node: NodeId) -> bool {
         let Some(session) = self.reported_session(node) else { return false };
-        let missing = self.missing_set();
+        let missing = self.missing_slots();
         let config = self.config.as_ref().map_or(LogIndex(0), |c| c.index);
         let Some(primary) = &self.primary else { return false };
         let part = &primary.parts[&seq];
@@ -272,14 +292,6 @@ impl Replica {
         };
         self.send(session, msg);
         true
-    }
-
-    fn missing_set(&self) -> SlotSet {
-        let mut set = SlotSet::default();
-        for slot in self.missing_slots() {
-            set.insert(slot);
-        }
-        set
     }
 
     /// The disk lock of an own write is held: no other write to its blocks is in the kernel [R7].
@@ -336,7 +348,7 @@ impl Replica {
         self.live_acked(node, seq);
         let Some(primary) = &mut self.primary else { return };
         let Some(part) = primary.parts.get_mut(&seq) else { return };
-        if part.waiting.remove(&node) {
+        if part.waiting.remove(node) {
             self.part_progress(seq);
         }
     }
@@ -388,15 +400,15 @@ impl Replica {
         let Some(primary) = &mut self.primary else { return };
         let acks = &primary.acks;
         let mut touched = Vec::new();
-        for (seq, part) in &mut primary.parts {
+        for (seq, part) in primary.parts.iter_mut() {
             let before = part.waiting.len();
-            part.waiting.retain(|node| acks.contains_key(node));
+            part.waiting.retain(|node| acks.contains_key(&node));
             if part.waiting.len() != before {
-                touched.push(*seq);
+                touched.push(seq);
             }
         }
         if let Some(round) = &mut primary.round {
-            round.waiting.retain(|node| acks.contains_key(node));
+            round.waiting.retain(|node| acks.contains_key(&node));
         }
         for seq in touched {
             self.part_progress(seq);
@@ -408,12 +420,12 @@ impl Replica {
     pub(super) fn resend_parts(&mut self, node: NodeId) {
         let Some(primary) = &self.primary else { return };
         let seqs: Vec<WriteSeq> =
-            primary.parts.iter().filter(|(_, p)| p.waiting.contains(&node)).map(|(seq, _)| *seq).collect();
+            primary.parts.iter().filter(|(_, p)| p.waiting.contains(node)).map(|(seq, _)| seq).collect();
         for seq in seqs {
             self.send_part(seq, node);
         }
         let Some(primary) = &self.primary else { return };
-        if let Some(round) = primary.round.as_ref().filter(|r| r.waiting.contains(&node)) {
+        if let Some(round) = primary.round.as_ref().filter(|r| r.waiting.contains(node)) {
             let (reign, id) = (primary.reign, round.id);
             if let Some(session) = self.reported_session(node) {
                 self.send(session, PeerMsg::Flush { reign, id });
@@ -427,16 +439,16 @@ fn offset_in_block(bytes: u64, block_size: u64) -> u32 {
 }
 
 /// Whole blocks in the middle as zeroes, partial blocks at the ends as read-modify-write.
-fn plan_zeroes(start: u64, end: u64, block_size: u64) -> Vec<Planned> {
+fn plan_zeroes(start: u64, end: u64, block_size: u64) -> Plan {
     let (first, last) = (start / block_size, (end - 1) / block_size);
     let whole_start = start.div_ceil(block_size);
     let whole_end = end / block_size;
     let block = |index| BlockRange::between(index, index + 1);
-    let mut plan = Vec::new();
+    let mut plan = Plan::new();
     let head = offset_in_block(start, block_size);
     let tail = offset_in_block((last + 1) * block_size - end, block_size);
     if first == last && (head > 0 || tail > 0) {
-        return vec![Planned { blocks: block(first), payload: None, head, tail }];
+        return smallvec![Planned { blocks: block(first), payload: None, head, tail }];
     }
     if head > 0 {
         plan.push(Planned { blocks: block(first), payload: None, head, tail: 0 });

@@ -170,6 +170,12 @@ impl SlotSet {
         self.0 |= 1 << slot.0;
     }
 
+    /// The slots that are in either set.
+    #[must_use]
+    pub fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
     /// The slots in the set, ascending.
     pub fn iter(self) -> impl Iterator<Item = ReplicaSlot> {
         (0..8u8).map(ReplicaSlot).filter(move |slot| self.contains(*slot))

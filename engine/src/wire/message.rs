@@ -3,6 +3,7 @@
 //! Bulk payload (block content) is not in here: a [`Payload`] names a buffer of the driver, its length
 //! and its checksum. Every message that acts on content carries the reign that fences it.
 
+use crate::rising_map::rising;
 use crate::types::{
     BlockRange, ConfigView, Epoch, Incarnation, LineageId, LogIndex, Member, Reign, ReplicaSlot, SlotSet,
     SuperblockTrust,
@@ -38,6 +39,8 @@ pub struct SessionId(pub u64);
 /// Number of a write within a reign, from 1, in the order in which the primary started them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct WriteSeq(pub u64);
+
+rising!(WriteSeq);
 
 /// `start .. start + count`, of blocks or of regions as the message says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
