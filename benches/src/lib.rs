@@ -4,6 +4,8 @@
 //! The volume with one replica runs the same code with replication off; the difference between the two
 //! is what replication costs. Nothing here judges a number.
 
+pub mod floor;
+
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
