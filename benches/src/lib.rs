@@ -4,6 +4,7 @@
 //! The volume with one replica runs the same code with replication off; the difference between the two
 //! is what replication costs. Nothing here judges a number.
 
+pub mod compare;
 pub mod floor;
 
 use std::time::{Duration, Instant};
