@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -29,8 +30,14 @@ const PRIMARY: &str = "n1";
 /// The node that is stopped.
 const STOPPED: &str = "n3";
 
-/// The floor program, built if need be.
-fn floor_binary() -> Result<PathBuf> {
+/// The floor program, built once if need be.
+fn floor_binary() -> Result<&'static Path> {
+    static FOUND: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let found = FOUND.get_or_init(|| build_floor().map_err(|e| format!("{e:#}")));
+    found.as_deref().map_err(|reason| anyhow!("no floor program: {reason}"))
+}
+
+fn build_floor() -> Result<PathBuf> {
     let target = target_dir()?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = Command::new(cargo);
@@ -45,7 +52,7 @@ pub(super) fn start_floor(name: &'static str, dir: &Path, options: &CompareOptio
     let binary = floor_binary()?;
     let address = Address::new(name, dir, options.transport)?;
     let (data, peer_data) = (dir.join(format!("{name}.data")), dir.join(format!("{name}.peer")));
-    let mut server = Command::new(&binary);
+    let mut server = Command::new(binary);
     server.arg("server").arg("--listen");
     if address.is_unix() {
         server.arg(&address.socket);
@@ -58,7 +65,7 @@ pub(super) fn start_floor(name: &'static str, dir: &Path, options: &CompareOptio
             allocated(&data, options.size)?;
             allocated(&peer_data, options.size)?;
             let listen = format!("127.0.0.1:{}", free_ports(1)?[0]);
-            let mut peer = Command::new(&binary);
+            let mut peer = Command::new(binary);
             peer.arg("peer").args(["--listen", &listen]).arg("--data").arg(&peer_data);
             let peer = Proc::spawn("floor peer", &mut peer, &dir.join("floor-peer.log"))?;
             wait_for("the floor's peer", START_LIMIT, || {

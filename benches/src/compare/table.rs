@@ -177,13 +177,15 @@ fn place_json(results: &PlaceResults) -> Value {
     for (job, name) in results.jobs.iter().enumerate() {
         for (server, (server_name, _)) in results.servers.iter().enumerate() {
             let runs = &results.runs[job][server];
+            let (iops, floor) = (results.median(job, server), results.floor(job));
+            let (iops, floor) = (iops.map(|cell| cell.iops), floor.map(|cell| cell.iops));
             rows.push(json!({
                 "job": name,
                 "server": server_name,
                 "median": results.median(job, server).as_ref().map(cell_json),
                 "rounds": runs.iter().map(cell_json).collect::<Vec<_>>(),
-                "iops_by_floor": ratio(results.median(job, server).map(|c| c.iops), results.floor(job).map(|c| c.iops)),
-                "iops_by_best_replicated_peer": ratio(results.median(job, server).map(|c| c.iops), results.best_peer(job)),
+                "iops_by_floor": ratio(iops, floor),
+                "iops_by_best_replicated_peer": ratio(iops, results.best_peer(job)),
                 "noisy": results.spread(job, server) > SPREAD_MAX,
             }));
         }
