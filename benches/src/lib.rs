@@ -1,14 +1,17 @@
-//! What the benches share: a cluster of real processes with one volume on two nodes and one on a
-//! single node, a load over NBD, and the table of results.
+//! What the benches share, and the programs that measure blkrepl: [`floor`] and [`compare`].
 //!
-//! The volume with one replica runs the same code with replication off; the difference between the two
-//! is what replication costs. Nothing here judges a number.
+//! Here: a cluster of real processes with one volume on two nodes and one on a single node, the loads of the
+//! criterion benches, and the table of their results. The volume with one replica runs the same code with
+//! replication off; the difference between the two is what replication costs. Nothing here judges a number.
 
-use std::time::{Duration, Instant};
+pub mod compare;
+pub mod floor;
 
-use anyhow::{Context, Result, anyhow, bail};
-use blkrepl_tests::bits::Random;
-use blkrepl_tests::client::{Link, Request};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use blkrepl_nbd::NbdUri;
+use blkrepl_nbd::bench::{BenchOptions, Job, Pattern, run};
 use blkrepl_tests::cluster::{FAILOVER_LIMIT, SYNC_LIMIT};
 use blkrepl_tests::wait::wait_for;
 use blkrepl_tests::{Cluster, ClusterOptions};
@@ -19,9 +22,8 @@ const SIZE: u64 = 256 << 20;
 const AREA: u64 = 128 << 20;
 /// Name of the volume with one replica.
 const ALONE: &str = "alone";
-const MIB: u64 = 1 << 20;
-/// Longest wait for one answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// Longest time for the operations of one sample.
+const SAMPLE_LIMIT: Duration = Duration::from_secs(600);
 
 /// The cluster that is measured.
 pub struct Fixture {
@@ -51,26 +53,26 @@ impl Replication {
     }
 }
 
-/// What is done to the volume.
+/// Writes of one size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Load {
     /// For names of benches.
     pub name: &'static str,
     /// Bytes per request.
     pub len: u32,
-    /// Requests in flight.
-    pub depth: usize,
-    /// Random places, else one after the other.
-    pub random: bool,
+    /// Where they go.
+    pub pattern: Pattern,
 }
 
 impl Load {
     /// The loads of the table.
     pub const ALL: [Self; 3] = [
-        Self { name: "4k_random_depth_1", len: 4096, depth: 1, random: true },
-        Self { name: "4k_random_depth_32", len: 4096, depth: 32, random: true },
-        Self { name: "1m_sequential_depth_4", len: 1 << 20, depth: 4, random: false },
+        Self { name: "4k_random", len: 4096, pattern: Pattern::Random },
+        Self { name: "64k_random", len: 64 << 10, pattern: Pattern::Random },
+        Self { name: "1m_sequential", len: 1 << 20, pattern: Pattern::Sequential },
     ];
+    /// Requests in flight.
+    pub const DEPTHS: [usize; 4] = [1, 8, 32, 128];
 }
 
 impl Fixture {
@@ -88,30 +90,27 @@ impl Fixture {
         })?;
         let fixture = Self { cluster };
         for replication in Replication::ALL {
-            let mut runner = fixture.runner(replication, Load { random: false, ..Load::ALL[2] })?;
-            runner.run(AREA / MIB)?;
+            let fill = Runner { uri: fixture.uri(replication)?, load: Load::ALL[2], depth: 4 };
+            fill.run(AREA >> 20)?;
         }
         Ok(fixture)
     }
 
-    /// A connection over TCP that makes `load`.
+    fn uri(&self, replication: Replication) -> Result<NbdUri> {
+        let primary = self.cluster.node(&self.cluster.wait_primary(FAILOVER_LIMIT)?)?;
+        let uri: NbdUri = primary.tcp()?.parse()?;
+        Ok(match replication {
+            Replication::On => uri,
+            Replication::Off => NbdUri { export: ALONE.to_owned(), ..uri },
+        })
+    }
+
+    /// Makes `load` over TCP.
     ///
     /// # Errors
     /// If nobody serves.
-    pub fn runner(&self, replication: Replication, load: Load) -> Result<Runner> {
-        let primary = self.cluster.node(&self.cluster.wait_primary(FAILOVER_LIMIT)?)?;
-        let address = primary.tcp()?;
-        let address = match replication {
-            Replication::On => address.to_owned(),
-            Replication::Off => {
-                let (server, _) =
-                    address.rsplit_once('/').ok_or_else(|| anyhow!("{address} names no export"))?;
-                format!("{server}/{ALONE}")
-            }
-        };
-        let link = wait_for("the volume", FAILOVER_LIMIT, || Ok(Link::connect(&address, ANSWER_LIMIT)?))?;
-        let data: Vec<u8> = (0..load.len).map(|i| u8::try_from(i % 251).unwrap_or(0)).collect();
-        Ok(Runner { link, load, data, random: Random::new(17), next: 0 })
+    pub fn runner(&self, replication: Replication, load: Load, depth: usize) -> Result<Runner> {
+        Ok(Runner { uri: self.uri(replication)?, load, depth })
     }
 
     /// Stops the cluster.
@@ -123,48 +122,32 @@ impl Fixture {
     }
 }
 
-/// Makes requests on one connection.
+/// Makes requests, on a connection of their own each time.
 pub struct Runner {
-    link: Link,
+    uri: NbdUri,
     load: Load,
-    data: Vec<u8>,
-    random: Random,
-    next: u64,
+    depth: usize,
 }
 
 impl Runner {
-    /// Makes `count` requests, keeping the load's depth in flight, and waits for all; the time it took.
+    /// The time that `count` requests take, with so many in flight as there are to be.
     ///
     /// # Errors
     /// If the connection ends or a request fails: a bench of errors would mean nothing.
-    pub fn run(&mut self, count: u64) -> Result<Duration> {
-        let started = Instant::now();
-        let (mut sent, mut answered) = (0, 0);
-        while answered < count {
-            while sent < count && sent - answered < self.load.depth as u64 {
-                let offset = self.next_offset();
-                let data = std::mem::take(&mut self.data);
-                let request = Request::Write { offset, data, fua: false };
-                self.link.submit(&request)?;
-                if let Request::Write { data, .. } = request {
-                    self.data = data;
-                }
-                sent += 1;
-            }
-            if let Err(reason) = self.link.next(ANSWER_LIMIT)?.result {
-                bail!("a write failed: {reason}");
-            }
-            answered += 1;
-        }
-        Ok(started.elapsed())
-    }
-
-    fn next_offset(&mut self) -> u64 {
-        let len = u64::from(self.load.len);
-        let slots = AREA / len;
-        let slot = if self.load.random { self.random.below(slots) } else { self.next % slots };
-        self.next += 1;
-        slot * len
+    pub fn run(&self, count: u64) -> Result<Duration> {
+        let Load { pattern, len, .. } = self.load;
+        let job = Job { pattern, read_percent: 0, block_size: len, ..Job::default() };
+        let options = BenchOptions {
+            warm_up: Duration::ZERO,
+            time: SAMPLE_LIMIT,
+            count: Some(count),
+            area: Some(AREA),
+            destroys_data: true,
+            ..BenchOptions::new(job, self.depth)
+        };
+        let report = run(&self.uri, &options)?;
+        // The last receive may have brought more answers than were asked for.
+        Ok(report.time.mul_f64(count as f64 / report.operations.max(1) as f64))
     }
 }
 
@@ -173,6 +156,8 @@ impl Runner {
 pub struct Row {
     /// The load.
     pub load: Load,
+    /// Requests in flight.
+    pub depth: usize,
     /// With or without a second replica.
     pub replication: Replication,
     /// Requests made in all.
@@ -185,15 +170,16 @@ pub struct Row {
 #[must_use]
 pub fn table(rows: &[Row]) -> String {
     let mut text = format!(
-        "{:<24} {:<12} {:>10} {:>12} {:>12} {:>10}\n",
-        "load", "volume", "requests", "requests/s", "MB/s", "us each"
+        "{:<14} {:>5} {:<12} {:>10} {:>12} {:>12} {:>10}\n",
+        "load", "depth", "volume", "requests", "requests/s", "MB/s", "us each"
     );
     for row in rows.iter().filter(|row| row.requests > 0) {
         let seconds = row.time.as_secs_f64().max(1e-9);
         let rate = row.requests as f64 / seconds;
         text += &format!(
-            "{:<24} {:<12} {:>10} {:>12.0} {:>12.1} {:>10.1}\n",
+            "{:<14} {:>5} {:<12} {:>10} {:>12.0} {:>12.1} {:>10.1}\n",
             row.load.name,
+            row.depth,
             row.replication.word(),
             row.requests,
             rate,
@@ -212,6 +198,7 @@ mod tests {
     fn the_table_has_one_line_per_row_that_ran() {
         let row = |requests| Row {
             load: Load::ALL[0],
+            depth: 1,
             replication: Replication::On,
             requests,
             time: Duration::from_secs(2),

@@ -3,7 +3,10 @@
 //! Parsing only; nothing is carried out here. Wrong usage ends with exit code 2 (clap does that).
 
 use std::path::PathBuf;
+use std::time::Duration;
 
+use blkrepl_nbd::NbdUri;
+use blkrepl_nbd::bench::{BLOCK_SIZE_MAX, TIME_MAX};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Done.
@@ -39,6 +42,8 @@ pub enum Command {
     Dev(DevArgs),
     /// Kill a primary under load and show that nothing is lost.
     Demo(DemoArgs),
+    /// Measure an NBD server under load. Jobs that write overwrite what the volume holds.
+    Bench(BenchArgs),
     /// Show nodes, volumes and replicas.
     Status,
     /// Create, list and show volumes.
@@ -129,6 +134,73 @@ pub struct DemoArgs {
     /// Times.
     #[command(flatten)]
     pub timing: TimingArgs,
+}
+
+/// `blkrepl bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure: nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH, of any NBD server.
+    pub uri: NbdUri,
+    /// What is done.
+    #[arg(long, value_enum, default_value_t = RwArg::Randread)]
+    pub rw: RwArg,
+    /// With --rw randrw: how many of 100 operations read.
+    #[arg(long, value_name = "PERCENT", default_value_t = 70, value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub mix: u8,
+    /// Bytes of each operation.
+    #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = parse_block_size)]
+    pub block_size: u32,
+    /// Operations in flight on each connection.
+    #[arg(long, default_value_t = 1)]
+    pub depth: usize,
+    /// Connections.
+    #[arg(long, default_value_t = 1)]
+    pub connections: usize,
+    /// Follow each write with a flush; both together are one operation.
+    #[arg(long)]
+    pub flush_after_write: bool,
+    /// Every write is to be on stable storage before it is answered.
+    #[arg(long)]
+    pub fua: bool,
+    /// Seconds that are measured at most [default: 10, with --count 600].
+    #[arg(long, value_parser = parse_seconds)]
+    pub seconds: Option<Duration>,
+    /// End after so many operations.
+    #[arg(long)]
+    pub count: Option<u64>,
+    /// Seconds of load before anything is measured.
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_seconds)]
+    pub warm_up: Duration,
+    /// First byte to touch.
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    pub offset: u64,
+    /// Bytes to touch from there on [default: up to the end].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub area: Option<u64>,
+    /// Decides the random places and the content.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Process of the server, whose CPU time per operation is to be measured; may be repeated.
+    #[arg(long = "pid", value_name = "PID")]
+    pub pids: Vec<u32>,
+    /// Confirms that what the volume holds in the area may be overwritten; without it no job writes.
+    #[arg(long)]
+    pub destroys_data: bool,
+}
+
+/// What `blkrepl bench` does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RwArg {
+    /// Reads anywhere.
+    Randread,
+    /// Writes anywhere.
+    Randwrite,
+    /// Both, anywhere.
+    Randrw,
+    /// Reads one after the other.
+    Read,
+    /// Writes one after the other.
+    Write,
 }
 
 /// `blkrepl volume ...`.
@@ -269,6 +341,20 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     number.checked_mul(unit).filter(|&n| n > 0).ok_or_else(allowed)
 }
 
+fn parse_block_size(text: &str) -> Result<u32, String> {
+    let size = parse_size(text)?;
+    u32::try_from(size).ok().filter(|size| *size <= BLOCK_SIZE_MAX).ok_or_else(|| {
+        format!("{size} bytes are more than one NBD request may have; at most {BLOCK_SIZE_MAX}")
+    })
+}
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse::<f64>().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds.filter(|time| *time <= TIME_MAX).ok_or_else(|| {
+        format!("'{text}' is not a number of seconds, such as 10 or 0.5, up to {}", TIME_MAX.as_secs())
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -296,6 +382,11 @@ mod tests {
             &["blkrepl", "move", "v"],
             &["blkrepl", "serve"],
             &["blkrepl", "dev", "--dir", "d", "--size", "1gb"],
+            &["blkrepl", "bench"],
+            &["blkrepl", "bench", "not-an-address"],
+            &["blkrepl", "bench", "nbd://h/v", "--block-size", "1GiB"],
+            &["blkrepl", "bench", "nbd://h/v", "--seconds", "-1"],
+            &["blkrepl", "bench", "nbd://h/v", "--mix", "101"],
         ] {
             assert_eq!(Cli::try_parse_from(args).unwrap_err().exit_code(), 2, "{args:?}");
         }

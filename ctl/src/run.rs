@@ -15,7 +15,7 @@ use crate::cli::{
     Cli, ClusterCommand, Command, EXIT_DONE, EXIT_FAILED, EventsArgs, NodeCommand, VolumeCommand,
 };
 use crate::events::EventRecord;
-use crate::{config, demo, dev, init, render, serve};
+use crate::{bench, config, demo, dev, init, render, serve};
 
 /// Runs the command; 0 done, 1 refused or failed (2, wrong usage, is clap's).
 pub fn main(cli: Cli) -> ExitCode {
@@ -67,6 +67,10 @@ fn dispatch(cli: &Cli) -> anyhow::Result<()> {
         Command::Demo(args) => {
             set_up_log("warn");
             demo::run(args, cli.json)
+        }
+        Command::Bench(args) => {
+            let report = bench::run(args)?;
+            print(cli, &bench::json(&args.uri, &report), || bench::table(&report))
         }
         Command::Status => {
             let view = ask_status(cli)?;

@@ -8,6 +8,7 @@
 //! negotiate  sans-IO: fixed newstyle negotiation
 //! session    sans-IO: request headers and simple replies (a ClientProtocol) -> runs on the reactor
 //! client     a blocking and pipelined client for tests, demo and benches
+//! bench      the load generator behind `blkrepl bench`
 //! proto, uri, export   the protocol's constants, addresses, plain data and the Exports trait
 //! ```
 //!
@@ -15,6 +16,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod client;
 pub mod export;
 pub mod negotiate;
@@ -26,7 +28,8 @@ pub mod uri;
 mod listen;
 
 pub use client::{
-    ClientOptions, Completion, Handle, NbdClient, NbdError, RefusalKind, Request, RequestOp, list_exports,
+    ClientOptions, Completion, Handle, NbdClient, NbdError, RefusalKind, Request, RequestOp, connect_raw,
+    list_exports,
 };
 pub use export::{Attached, ExportInfo, ExportRefusal, Exports};
 pub use listen::{ListenAddr, ListenError};

@@ -22,11 +22,12 @@ pub fn workspace() -> &'static Path {
 /// The target directory that this very executable was built into.
 ///
 /// # Errors
-/// If the executable does not lie in one (`target/PROFILE/deps/NAME`).
+/// If the executable does not lie in one (`target/PROFILE/deps/NAME`, or `target/PROFILE/NAME`).
 pub fn target_dir() -> Result<PathBuf> {
     let exe = std::env::current_exe().context("find the test executable")?;
+    let in_deps = exe.parent().is_some_and(|dir| dir.ends_with("deps"));
     exe.ancestors()
-        .nth(3)
+        .nth(if in_deps { 3 } else { 2 })
         .map(Path::to_path_buf)
         .ok_or_else(|| anyhow!("{} has no target directory", exe.display()))
 }

@@ -58,6 +58,8 @@ pub struct ClusterOptions {
     pub data_paths: BTreeMap<String, PathBuf>,
     /// Whether the volume is created (by hand only; `dev` always creates it).
     pub create_volume: bool,
+    /// Directory in which the cluster gets its own; where scratch directories are if not given.
+    pub base: Option<PathBuf>,
 }
 
 impl Default for ClusterOptions {
@@ -70,6 +72,7 @@ impl Default for ClusterOptions {
             by_hand: false,
             data_paths: BTreeMap::new(),
             create_volume: true,
+            base: None,
         }
     }
 }
@@ -138,7 +141,10 @@ impl Cluster {
         wire: impl FnOnce(&mut [NodePlan]) -> Result<()>,
     ) -> Result<Self> {
         let slot = SLOT.lock().unwrap_or_else(PoisonError::into_inner);
-        let temp = scratch_dir()?;
+        let temp = match &options.base {
+            Some(base) => scratch_dir_in(base)?,
+            None => scratch_dir()?,
+        };
         let dir = temp.path().canonicalize().context("resolve the scratch directory")?;
         let mut cluster = Self {
             dir,
@@ -375,13 +381,20 @@ impl Cluster {
         Ok(self.pid(&entry).is_some_and(|pid| proc::pid_runs(pid, &needle(&entry))))
     }
 
+    /// Pid of a node's process.
+    ///
+    /// # Errors
+    /// If it has none.
+    pub fn process(&self, node: &str) -> Result<u32> {
+        self.pid(&self.node(node)?).ok_or_else(|| anyhow!("{node} has no pid"))
+    }
+
     /// Bytes of memory that a node's process has resident.
     ///
     /// # Errors
     /// If it does not run.
     pub fn resident_bytes(&self, node: &str) -> Result<u64> {
-        let entry = self.node(node)?;
-        let pid = self.pid(&entry).ok_or_else(|| anyhow!("{node} has no pid"))?;
+        let pid = self.process(node)?;
         let status =
             fs::read_to_string(format!("/proc/{pid}/status")).context("read the process's status")?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -653,7 +666,11 @@ impl Drop for Cluster {
 /// If it cannot be made.
 pub fn scratch_dir() -> Result<TempDir> {
     let base = std::env::var_os("BLKREPL_TEST_DIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
-    tempfile::Builder::new().prefix("blkrepl-").tempdir_in(&base).with_context(|| {
+    scratch_dir_in(&base)
+}
+
+fn scratch_dir_in(base: &Path) -> Result<TempDir> {
+    tempfile::Builder::new().prefix("blkrepl-").tempdir_in(base).with_context(|| {
         format!("make a directory under {}; set BLKREPL_TEST_DIR to one that is writable", base.display())
     })
 }

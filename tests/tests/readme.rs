@@ -90,6 +90,7 @@ fn kind(command: &str) -> Option<Kind> {
     } else if starts(&format!("{EXAMPLE_BINARY} dev ")) {
         Some(Kind::Dev)
     } else if starts(&format!("{EXAMPLE_BINARY} --admin "))
+        || starts(&format!("{EXAMPLE_BINARY} bench "))
         || ["nbdinfo ", "nbdcopy ", "qemu-"].iter().any(|p| starts(p))
     {
         Some(Kind::Plain)

@@ -13,7 +13,7 @@ mod sock;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 pub use error::{NbdError, RefusalKind};
@@ -168,6 +168,17 @@ struct Reading {
     op: RequestOp,
     data: Vec<u8>,
     got: usize,
+}
+
+/// Connects and negotiates, and hands over the socket, which is non-blocking and on TCP without delay.
+///
+/// # Errors
+/// As [`NbdClient::connect`].
+pub fn connect_raw(uri: &NbdUri, options: ClientOptions) -> Result<(OwnedFd, ExportFacts), NbdError> {
+    let deadline = deadline_after(options.connect_timeout);
+    let sock = Sock::connect(&uri.target, deadline)?;
+    let facts = handshake::go(&sock, &uri.export, deadline)?;
+    Ok((sock.into_fd(), facts))
 }
 
 impl NbdClient {

@@ -4,7 +4,7 @@
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -38,6 +38,13 @@ impl Sock {
             Target::Unix(path) => connect_unix(path, deadline).map(Self::Unix),
         };
         connected.map_err(|source| NbdError::Connect { target: target.to_string(), source })
+    }
+
+    pub(super) fn into_fd(self) -> OwnedFd {
+        match self {
+            Self::Tcp(stream) => stream.into(),
+            Self::Unix(stream) => stream.into(),
+        }
     }
 
     /// Sends what fits without waiting.
