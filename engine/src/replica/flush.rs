@@ -154,8 +154,10 @@ impl Replica {
         };
         let idle_nanos = if drain { 0 } else { u64::try_from(INTENT_IDLE.as_nanos()).unwrap_or(u64::MAX) };
         let idle_before = crate::types::Nanos(self.now.0.saturating_sub(idle_nanos));
-        // As a full map blocks writers, make room, in larger steps than one where the map is not tiny.
-        let keep_max = max.saturating_sub((max / 4).max(1));
+        // Writers that wait for room get some, in larger steps than one where the map is not tiny. Otherwise
+        // what is written to at the time stays: clearing it would only make the next write wait.
+        let room_wanted = self.primary.as_ref().map_or(self.intents.len() > max, |p| p.intent_full);
+        let keep_max = if room_wanted { max.saturating_sub((max / 4).max(1)) } else { usize::MAX };
         let missing = self.missing_slots();
         self.intents.clear_idle(&mut self.store, stable, idle_before, keep_max, |store, blocks| {
             missing.iter().flat_map(|slot| store.save_dirty(slot, blocks)).collect()
