@@ -161,6 +161,8 @@ pub(super) struct Primary {
     pub(super) flush_queue: Vec<OpId>,
     pub(super) flush_wanted: bool,
     pub(super) held: VecDeque<Held>,
+    /// Repairs that nobody can help wait until an answer may leave.
+    pub(super) undecided: bool,
     /// Who must commit a write besides this replica: the other named members, and who is joining.
     pub(super) acks: BTreeMap<NodeId, Incarnation>,
     pub(super) targets: BTreeMap<NodeId, Target>,
@@ -187,6 +189,7 @@ impl Primary {
             flush_queue: Vec::new(),
             flush_wanted: false,
             held: VecDeque::new(),
+            undecided: false,
             acks: BTreeMap::new(),
             targets: BTreeMap::new(),
             removal: None,

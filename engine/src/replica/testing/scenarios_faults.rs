@@ -272,6 +272,35 @@ fn r17_everything_is_compared_if_a_lineage_began_from_a_copy_that_was_never_in_s
     world.converge();
 }
 
+/// Found by the simulator, seed 200607: the error was decided while there was no lease, and told when it was
+/// no longer true.
+#[test]
+fn r20_r26_an_error_is_not_decided_before_it_can_be_told() {
+    let mut world = two();
+    let tag = world.write(node(1), 10, false);
+    world.run(60);
+    let disk = &mut world.nodes.get_mut(&node(1)).unwrap().disk;
+    (disk.bad, disk.data[10]) = (vec![10], 0);
+    world.cut(node(1), node(2));
+    world.read(node(1), 10);
+    world.nodes.get_mut(&node(1)).unwrap().cut_off = true;
+    world.pass(Duration::from_millis(1700));
+    world.settle();
+    assert!(world.config.member(node(2)).is_none(), "{:#?}", world.summary());
+    // The other member, which has the block, comes back before the primary may say anything.
+    world.heal();
+    world.nodes.get_mut(&node(1)).unwrap().cut_off = true;
+    world.pass(Duration::from_secs(2));
+    world.settle();
+    assert_eq!(world.config.in_sync.len(), 2, "{:#?}", world.summary());
+    assert_eq!(world.waiting(node(1)), 1, "neither failed nor answered");
+    world.nodes.get_mut(&node(1)).unwrap().cut_off = false;
+    world.run(2);
+    assert_eq!(world.waiting(node(1)), 0);
+    assert_eq!(world.nodes[&node(1)].disk.data[10], tag);
+    world.converge();
+}
+
 /// Found by the simulator, seed 704021: the blank copy of the lineage in between was taken for a known one.
 #[test]
 fn r17_everything_is_compared_if_the_lineage_before_began_from_a_copy_that_was_never_in_sync() {
