@@ -351,6 +351,29 @@ fn a_replica_that_is_opened_anew_in_one_run_counts_its_proposals_on() {
     assert!(world.replica(node(1)).next_proposal > first);
 }
 
+/// Found by the simulator, seed 1022022: a new disk was taken for one to which nothing had been copied.
+#[test]
+fn a_primary_that_was_opened_anew_in_its_first_run_does_not_know_what_it_copied() {
+    let mut world = World::new(&Options::default());
+    // Node 2 gets everything, the bits for it are cleared, and its join is never committed.
+    world.hold_proposals = true;
+    world.run(2);
+    world.write(node(1), 20, false);
+    world.run(60);
+    assert!(world.config.member(node(2)).is_none() && !world.proposals.is_empty(), "{:#?}", world.summary());
+    world.proposals.clear();
+    world.hold_proposals = false;
+    world.crash(node(2));
+    world.replace_disk(node(2));
+    world.crash(node(1));
+    world.nodes.get_mut(&node(1)).unwrap().incarnation.boot -= 1;
+    world.start(node(1));
+    world.start(node(2));
+    world.run(60);
+    assert!(world.all_in_sync(), "{:#?}", world.summary());
+    world.converge();
+}
+
 #[test]
 fn r10_a_copy_that_was_made_anew_is_not_taken_for_the_member_that_its_run_was() {
     let mut world = two();
