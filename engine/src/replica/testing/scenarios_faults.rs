@@ -390,6 +390,31 @@ fn r10_a_copy_that_was_made_anew_is_not_taken_for_the_member_that_its_run_was() 
     world.converge();
 }
 
+/// Found by the simulator, seed 1041157: the fork was recorded for the copy that the operator had seen.
+#[test]
+fn r17_a_copy_that_was_made_anew_is_not_taken_for_the_one_that_was_to_be_forced() {
+    let mut world = two();
+    world.write(node(1), 20, false);
+    world.run(60);
+    world.crash(node(1));
+    world.crash(node(2));
+    world.start(node(2));
+    let forced = world.judge_force(node(2));
+    // In one run of the process, before the force commits.
+    world.crash(node(2));
+    world.replace_disk(node(2));
+    world.nodes.get_mut(&node(2)).unwrap().incarnation.boot -= 1;
+    world.start(node(2));
+    world.commit(forced);
+    world.run(40);
+    assert!(matches!(world.replica(node(2)).health(), Health::Unhealthy(_)), "{:#?}", world.summary());
+    world.start(node(1));
+    world.run(2);
+    world.force(node(1));
+    world.history.power_lost();
+    world.converge();
+}
+
 #[test]
 fn a_primary_whose_flush_failed_sends_nothing_that_it_read_since() {
     let mut world = two();
