@@ -112,6 +112,7 @@ impl Replica {
             self.fail_requests_if_alone();
             return;
         }
+        self.decide_repairs();
         while self.can_start() && self.lease_valid() {
             let Some(primary) = &mut self.primary else { return };
             if primary.started() >= STARTED_MAX {
@@ -210,10 +211,15 @@ impl Replica {
         }
     }
 
+    /// True if an answer may leave at this moment [R26].
+    pub(super) fn may_answer(&self) -> bool {
+        let lease = self.lease_valid() || mutated(Mutation::R26);
+        lease && self.config_usable() && self.failure.is_none()
+    }
+
     /// Lets answers go whose condition holds now.
     pub(super) fn release_held(&mut self) {
-        let lease = self.lease_valid() || mutated(Mutation::R26);
-        if !(lease && self.config_usable() && self.failure.is_none()) {
+        if !self.may_answer() {
             return;
         }
         // The state belongs to one reign, so every answer in it is of the reign in which it started.

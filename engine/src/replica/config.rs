@@ -6,7 +6,7 @@
 
 use crate::meta::Superblock;
 use crate::mutation::{Mutation, mutated};
-use crate::types::{ConfigView, Geometry, Incarnation, Member, ReplicaSlot, SuperblockTrust};
+use crate::types::{ConfigView, Epoch, Geometry, Incarnation, Member, ReplicaSlot, SuperblockTrust};
 use crate::wire::BaseContent;
 
 use super::Replica;
@@ -31,11 +31,14 @@ impl Replica {
         }
         self.follow_replicas(&config);
         if config.in_sync.contains(&self.me) && !self.belongs_to(&config) {
-            return self.fail(
-                "the config names this run as in sync, but its copy was made anew since; restart the node, it will \
-                 be resynced"
-                    .into(),
-            );
+            let next = if config.in_sync == [self.me] {
+                "no other copy is in sync: promote another replica by force, then restart the node"
+            } else {
+                "restart the node, it will be resynced"
+            };
+            return self.fail(format!(
+                "the config names this run as in sync, but its copy was made anew since; {next}"
+            ));
         }
         self.follow_membership(old.as_ref(), &config);
         self.record_config(&config);
@@ -48,9 +51,13 @@ impl Replica {
     }
 
     /// True if the set can mean this very copy: it was a member's when it was opened, or has been resynced
-    /// since, or an operator forced it. Otherwise the set means a copy that this run had before [R10].
+    /// since, or an operator forced it. Otherwise the set means a copy that this run had before [R10]; so
+    /// does a force that is recorded as of a copy which shares something with those before it, as this one,
+    /// which was never a member's, does not [R17].
     fn belongs_to(&self, config: &ConfigView) -> bool {
-        self.belongs || config.lineage != self.store.superblock().lineage
+        let begins = config.lineage != self.store.superblock().lineage;
+        let shares = config.history.last().is_some_and(|fork| fork.fork_epoch > Epoch(0));
+        self.belongs || (begins && !shares)
     }
 
     fn not_ours(&mut self, config: &ConfigView) {

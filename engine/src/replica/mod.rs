@@ -61,7 +61,7 @@ use crate::types::{
     ConfigView, Epoch, Geometry, Incarnation, Member, Nanos, NodeId, ProposalId, ProposalOutcome, Reign,
     ReplicaSlot, SlotSet, SuperblockTrust, VolumeSettings,
 };
-use crate::wire::{BufId, PeerMsg, SessionId};
+use crate::wire::{BaseContent, BufId, PeerMsg, SessionId};
 
 pub use io::{
     ClientError, ClientInput, ClientOp, ClientRequest, ConnId, Cookie, DiskDone, DiskErrorKind, DiskOp,
@@ -130,6 +130,9 @@ pub struct Replica {
     /// A set that names this run can mean this copy.
     belongs: bool,
     was_clean: bool,
+    /// No config was ever recorded in its superblock before it was opened: it had served nobody, and copied
+    /// nothing to anybody.
+    never_served: bool,
     same_os_boot: bool,
     writes_acked: u64,
     next_proposal: ProposalId,
@@ -158,11 +161,12 @@ impl Replica {
                 sb.chain.clear();
                 // Its content is of no epoch: should it be promoted by force, nothing is in common [R17].
                 sb.epoch = Epoch(0);
-                sb.base = crate::wire::BaseContent::Unknown;
+                sb.base = BaseContent::Unknown;
                 // A resync that was under way went to the other data object: it does not go on here.
                 sb.inconsistent = None;
             });
         }
+        let never_served = store.superblock().base == BaseContent::Zero;
         let belongs = store.superblock().member.is_some();
         let mut replica = Self {
             me: boot.me,
@@ -186,6 +190,7 @@ impl Replica {
             failure: None,
             belongs,
             was_clean,
+            never_served,
             same_os_boot,
             writes_acked: 0,
             // A replica may be opened more than once in a run of the process (it was made anew), and the control

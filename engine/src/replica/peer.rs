@@ -42,7 +42,7 @@ pub(super) struct Peer {
     /// It said on this session that it failed.
     pub(super) failed: Option<String>,
     pub(super) refused: Option<String>,
-    /// A resync of this run has copied to it.
+    /// A resync has copied to it since this replica was opened.
     pub(super) copied_to: bool,
 }
 

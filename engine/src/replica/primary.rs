@@ -181,6 +181,8 @@ pub(super) struct Primary {
     pub(super) spare_queue: Vec<OpId>,
     pub(super) flush_wanted: bool,
     pub(super) held: VecDeque<Held>,
+    /// Repairs that nobody can help wait until an answer may leave.
+    pub(super) undecided: bool,
     /// Who must commit a write besides this replica: the other named members, and who is joining.
     pub(super) acks: BTreeMap<NodeId, Incarnation>,
     pub(super) targets: BTreeMap<NodeId, Target>,
@@ -209,6 +211,7 @@ impl Primary {
             spare_queue: Vec::new(),
             flush_wanted: false,
             held: VecDeque::new(),
+            undecided: false,
             acks: BTreeMap::new(),
             targets: BTreeMap::new(),
             removal: None,

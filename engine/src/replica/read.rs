@@ -135,12 +135,10 @@ impl Replica {
         let op = primary.ops.get_mut(&id).expect("the request of a fill exists");
         let blocks = op.plan[n].blocks;
         op.repairs += 1;
-        if op.repairs > op.plan.len() {
-            // Each part was mended once: this disk does not keep what it is given, which is no better than one
-            // that cannot be written. Another member has the content; the client is not told an error for it.
-            if alone {
-                return self.finish(id, Err(ClientError::Io));
-            }
+        // Each part was mended once: this disk does not keep what it is given, which is no better than one
+        // that cannot be written. Another member has the content; the client is not told an error for it.
+        let hopeless = op.repairs > op.plan.len();
+        if hopeless && !alone {
             return self.fail(
                 "a block that was rewritten cannot be read again; the role is handed over, mend the disk and \
                  restart the node, it will be resynced"
@@ -150,7 +148,7 @@ impl Replica {
         op.stage = Stage::Repair;
         let resume = Some(std::mem::take(&mut op.plan));
         op.repair = Some(Repair::new(blocks, resume));
-        self.ask_for_repair(id);
+        if hopeless { self.repair_impossible(id) } else { self.ask_for_repair(id) }
     }
 
     /// Asks the next member of the ack set that was not asked yet.
@@ -200,13 +198,33 @@ impl Replica {
         }
     }
 
+    /// Nobody has the blocks. The client is told so at once or not yet: what can't leave now is not decided
+    /// now, for a member that has the blocks may join, and while the request keeps its lock no write that
+    /// comes after it can mend them before the client hears that they can't be read.
     fn repair_impossible(&mut self, id: OpId) {
+        if !self.may_answer() {
+            if let Some(primary) = &mut self.primary {
+                primary.undecided = true;
+            }
+            return self.repair_waits(id);
+        }
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.get_mut(&id).expect("the request of a repair exists");
         if let Some(plan) = op.repair.take().and_then(|r| r.resume) {
             op.plan = plan;
         }
         self.finish(id, Err(ClientError::Io));
+    }
+
+    /// Decides what could not be decided while no answer could leave.
+    pub(super) fn decide_repairs(&mut self) {
+        if !self.may_answer() {
+            return;
+        }
+        let Some(primary) = &mut self.primary else { return };
+        if std::mem::take(&mut primary.undecided) {
+            self.ask_for_waiting_repairs();
+        }
     }
 
     /// A member answered a repair's read.

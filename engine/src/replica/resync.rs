@@ -213,8 +213,9 @@ impl Replica {
         let Some(session) = self.reported_session(node) else { return };
         let (Some(config), Some(peer)) = (&self.config, self.peers.get(&node)) else { return };
         let (Some(report), None) = (peer.report, &peer.refused) else { return };
-        // Only the first primary, in its first run, knows that nobody else has copied anything to it.
-        let untouched = config.reign == FIRST_REIGN && !peer.copied_to;
+        // Only the first primary, in its first run, knows that nobody else has copied anything to it; and one
+        // that was opened anew in that run has forgotten what it copied itself.
+        let untouched = config.reign == FIRST_REIGN && self.never_served && !peer.copied_to;
         let verdict = judge(&report, node, self.me, config, untouched);
         let (epoch, reign) = (config.epoch, config.reign);
         let (everything, foreign, reason) = match verdict {

@@ -137,6 +137,12 @@ impl World {
     }
 
     pub(in super::super) fn force(&mut self, id: NodeId) {
+        let forced = self.judge_force(id);
+        self.commit(forced);
+    }
+
+    /// What a force onto the copy that the node has now comes to, once it is committed.
+    pub(in super::super) fn judge_force(&self, id: NodeId) -> ConfigView {
         let mut next = self.config.clone();
         let copy = self.nodes[&id].replica.as_ref().unwrap().report();
         let fork_epoch = shared_epoch(next.lineage, &next.history, copy.lineage, copy.epoch);
@@ -147,7 +153,7 @@ impl World {
         next.lineage = LineageId(next.lineage.0 + 1);
         next.in_sync = vec![self.member_now(id)];
         next.primary = Some(self.member_now(id));
-        self.commit(next);
+        next
     }
 
     pub(in super::super) fn serving(&self) -> Option<NodeId> {

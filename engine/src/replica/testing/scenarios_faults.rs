@@ -272,6 +272,35 @@ fn r17_everything_is_compared_if_a_lineage_began_from_a_copy_that_was_never_in_s
     world.converge();
 }
 
+/// Found by the simulator, seed 200607: the error was decided while there was no lease, and told when it was
+/// no longer true.
+#[test]
+fn r20_r26_an_error_is_not_decided_before_it_can_be_told() {
+    let mut world = two();
+    let tag = world.write(node(1), 10, false);
+    world.run(60);
+    let disk = &mut world.nodes.get_mut(&node(1)).unwrap().disk;
+    (disk.bad, disk.data[10]) = (vec![10], 0);
+    world.cut(node(1), node(2));
+    world.read(node(1), 10);
+    world.nodes.get_mut(&node(1)).unwrap().cut_off = true;
+    world.pass(Duration::from_millis(1700));
+    world.settle();
+    assert!(world.config.member(node(2)).is_none(), "{:#?}", world.summary());
+    // The other member, which has the block, comes back before the primary may say anything.
+    world.heal();
+    world.nodes.get_mut(&node(1)).unwrap().cut_off = true;
+    world.pass(Duration::from_secs(2));
+    world.settle();
+    assert_eq!(world.config.in_sync.len(), 2, "{:#?}", world.summary());
+    assert_eq!(world.waiting(node(1)), 1, "neither failed nor answered");
+    world.nodes.get_mut(&node(1)).unwrap().cut_off = false;
+    world.run(2);
+    assert_eq!(world.waiting(node(1)), 0);
+    assert_eq!(world.nodes[&node(1)].disk.data[10], tag);
+    world.converge();
+}
+
 /// Found by the simulator, seed 704021: the blank copy of the lineage in between was taken for a known one.
 #[test]
 fn r17_everything_is_compared_if_the_lineage_before_began_from_a_copy_that_was_never_in_sync() {
@@ -322,6 +351,29 @@ fn a_replica_that_is_opened_anew_in_one_run_counts_its_proposals_on() {
     assert!(world.replica(node(1)).next_proposal > first);
 }
 
+/// Found by the simulator, seed 1022022: a new disk was taken for one to which nothing had been copied.
+#[test]
+fn a_primary_that_was_opened_anew_in_its_first_run_does_not_know_what_it_copied() {
+    let mut world = World::new(&Options::default());
+    // Node 2 gets everything, the bits for it are cleared, and its join is never committed.
+    world.hold_proposals = true;
+    world.run(2);
+    world.write(node(1), 20, false);
+    world.run(60);
+    assert!(world.config.member(node(2)).is_none() && !world.proposals.is_empty(), "{:#?}", world.summary());
+    world.proposals.clear();
+    world.hold_proposals = false;
+    world.crash(node(2));
+    world.replace_disk(node(2));
+    world.crash(node(1));
+    world.nodes.get_mut(&node(1)).unwrap().incarnation.boot -= 1;
+    world.start(node(1));
+    world.start(node(2));
+    world.run(60);
+    assert!(world.all_in_sync(), "{:#?}", world.summary());
+    world.converge();
+}
+
 #[test]
 fn r10_a_copy_that_was_made_anew_is_not_taken_for_the_member_that_its_run_was() {
     let mut world = two();
@@ -335,6 +387,31 @@ fn r10_a_copy_that_was_made_anew_is_not_taken_for_the_member_that_its_run_was() 
     world.run(20);
     assert!(matches!(world.replica(node(2)).health(), Health::Unhealthy(_)));
     assert!(world.config.member(node(2)).is_none(), "removed, and not in sync again");
+    world.converge();
+}
+
+/// Found by the simulator, seed 1041157: the fork was recorded for the copy that the operator had seen.
+#[test]
+fn r17_a_copy_that_was_made_anew_is_not_taken_for_the_one_that_was_to_be_forced() {
+    let mut world = two();
+    world.write(node(1), 20, false);
+    world.run(60);
+    world.crash(node(1));
+    world.crash(node(2));
+    world.start(node(2));
+    let forced = world.judge_force(node(2));
+    // In one run of the process, before the force commits.
+    world.crash(node(2));
+    world.replace_disk(node(2));
+    world.nodes.get_mut(&node(2)).unwrap().incarnation.boot -= 1;
+    world.start(node(2));
+    world.commit(forced);
+    world.run(40);
+    assert!(matches!(world.replica(node(2)).health(), Health::Unhealthy(_)), "{:#?}", world.summary());
+    world.start(node(1));
+    world.run(2);
+    world.force(node(1));
+    world.history.power_lost();
     world.converge();
 }
 
