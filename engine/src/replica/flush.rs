@@ -5,13 +5,13 @@
 //! member is told, so that intent regions may be cleared [R5].
 
 use crate::mutation::{Mutation, mutated};
-use crate::types::NodeId;
+use crate::types::{Nanos, NodeId};
 use crate::wire::PeerMsg;
 
 use super::io::ReplyData;
 use super::node_set::NodeSet;
 use super::primary::{OpId, Round, Stage};
-use super::{INTENT_IDLE, Replica};
+use super::{INTENT_IDLE, INTENT_IDLE_BUSY, Replica};
 
 /// Bitmap groups written per tick, when idle, only because bits were cleared.
 const CLEARED_GROUPS_PER_TICK: usize = 4;
@@ -124,9 +124,7 @@ impl Replica {
 
     /// The lazy part: flush when regions have been idle, then clear them.
     pub(super) fn tick_intents(&mut self) {
-        let idle = crate::types::Nanos(
-            self.now.0.saturating_sub(u64::try_from(INTENT_IDLE.as_nanos()).unwrap_or(u64::MAX)),
-        );
+        let idle = self.idle_before();
         if let Some(primary) = &mut self.primary {
             let stable = primary.stable;
             let unflushed = self.intents.wants_flush(stable, idle, false);
@@ -137,6 +135,13 @@ impl Replica {
         if idle && self.failure.is_none() {
             self.store.save_cleared(CLEARED_GROUPS_PER_TICK);
         }
+    }
+
+    /// A region last touched before this may be cleared.
+    fn idle_before(&self) -> Nanos {
+        let busy = self.now.since(self.intents.touched()) < INTENT_IDLE;
+        let idle = if busy { INTENT_IDLE_BUSY } else { INTENT_IDLE };
+        Nanos(self.now.0.saturating_sub(u64::try_from(idle.as_nanos()).unwrap_or(u64::MAX)))
     }
 
     /// Clears the intent regions that may go [R5]: only as a named member, only what is stable on all of
@@ -152,8 +157,7 @@ impl Replica {
             Some(_) => None,
             None => self.following.stable,
         };
-        let idle_nanos = if drain { 0 } else { u64::try_from(INTENT_IDLE.as_nanos()).unwrap_or(u64::MAX) };
-        let idle_before = crate::types::Nanos(self.now.0.saturating_sub(idle_nanos));
+        let idle_before = if drain { self.now } else { self.idle_before() };
         // Writers that wait for room get some, in larger steps than one where the map is not tiny. Otherwise
         // what is written to at the time stays: clearing it would only make the next write wait.
         let room_wanted = self.primary.as_ref().map_or(self.intents.len() > max, |p| p.intent_full);

@@ -37,6 +37,8 @@ struct Region {
 pub(super) struct IntentBook {
     geometry: Geometry,
     regions: BTreeMap<RegionIndex, Region>,
+    /// When a write began last.
+    touched: Nanos,
 }
 
 impl IntentBook {
@@ -56,11 +58,16 @@ impl IntentBook {
             regions.insert(RegionIndex(bit), region);
             from = bit + 1;
         }
-        Self { geometry, regions }
+        Self { geometry, regions, touched: Nanos(0) }
     }
 
     pub(super) fn len(&self) -> usize {
         self.regions.len()
+    }
+
+    /// When a write began last; zero if none has since the start.
+    pub(super) fn touched(&self) -> Nanos {
+        self.touched
     }
 
     /// The set regions.
@@ -82,6 +89,7 @@ impl IntentBook {
 
     /// Begins a write to `blocks`: sets the bits that are not set and asks for their durability.
     pub(super) fn begin(&mut self, store: &mut MetaStore, blocks: BlockRange, now: Nanos) {
+        self.touched = now;
         for index in self.geometry.regions_of(blocks) {
             let region = self.regions.entry(index).or_insert_with(|| {
                 let before = mutated(Mutation::R22).then(|| store.save_intent(index.0));

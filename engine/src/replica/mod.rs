@@ -82,10 +82,12 @@ use suspects::Suspects;
 pub const TICK: Duration = Duration::from_millis(50);
 /// Most characters of a reason that are sent to peers (each at most 4 bytes, the wire takes 1024).
 const REASON_CHARS_MAX: usize = 256;
-/// A region untouched for this long is cleared from the intent map once it is stable everywhere. Much longer
-/// than it takes to write once to each region that may be set, each write to a cleared one waiting for the
-/// metadata's disk: otherwise writes all over the volume stay as slow as that disk, because they are slow.
-pub(crate) const INTENT_IDLE: Duration = Duration::from_secs(10);
+/// Once nothing was written for this long, regions are cleared from the intent map when they are stable everywhere.
+pub(crate) const INTENT_IDLE: Duration = Duration::from_millis(1000);
+/// While the volume is written to, only regions untouched for this long are cleared. Much longer than it takes to
+/// write once to each region that may be set, each write to a cleared one waiting for the disk of the metadata:
+/// otherwise writes all over the volume stay as slow as that disk because they are slow.
+const INTENT_IDLE_BUSY: Duration = Duration::from_secs(10);
 
 /// What a replica starts from.
 #[derive(Debug)]
