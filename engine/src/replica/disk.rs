@@ -34,6 +34,8 @@ pub(super) enum Purpose {
     Meta(MetaWrite),
     Flush,
     ClientRead(OpId),
+    /// Read of what a repair is to mend: it may be readable.
+    RepairRead(OpId),
     /// The `n`-th planned part of the request.
     ZeroBuffer(OpId, usize),
     FillEdges(OpId, usize),
@@ -166,6 +168,7 @@ impl Replica {
                 )),
             },
             Purpose::ClientRead(op) => self.client_read_done(op, result),
+            Purpose::RepairRead(op) => self.repair_read_done(op, result),
             Purpose::ZeroBuffer(op, part) => self.zero_buffer_done(op, part, result),
             Purpose::FillEdges(op, part) => self.edges_filled(op, part, result),
             Purpose::LocalWrite(seq) => self.local_write_done(seq, result),

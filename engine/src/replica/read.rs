@@ -3,7 +3,8 @@
 //! A read shares the range lock with other reads and excludes writes until all of the ack set have
 //! committed them: nobody sees a value that could still vanish [R8]. A block that can't be read here is
 //! read from a member of the ack set, under the exclusive lock, rewritten here (intent first) and only
-//! then answered [R20].
+//! then answered [R20]. Where no member has all that can't be read here it is halved, down to single blocks:
+//! each may be good on another disk.
 
 use smallvec::smallvec;
 
@@ -18,11 +19,17 @@ use super::io::{
 };
 use super::primary::{LockOwner, Op, OpId, Plan, Planned, Primary, Stage};
 
+/// How often what was mended piece by piece is read again before the disk is given up.
+const READ_AGAIN_MAX: usize = 3;
+
 /// A repair under way.
 #[derive(Debug)]
 pub(super) struct Repair {
-    /// What is mended: the blocks of the read, or of the part whose edge could not be filled.
+    /// What is mended now: first the blocks of the read, or the edges of the part that could not be filled.
     blocks: BlockRange,
+    /// What comes after that, the next one last. It may be readable.
+    later: Vec<BlockRange>,
+    /// Who has not all of `blocks`.
     tried: Vec<NodeId>,
     /// What the last one tried was asked, and when.
     request: Option<(u64, Nanos)>,
@@ -34,7 +41,26 @@ pub(super) struct Repair {
 
 impl Repair {
     fn new(blocks: BlockRange, resume: Option<Plan>) -> Self {
-        Self { blocks, tried: Vec::new(), request: None, waiting: false, resume }
+        Self { blocks, later: Vec::new(), tried: Vec::new(), request: None, waiting: false, resume }
+    }
+
+    /// Goes on with other blocks, which nobody was asked for.
+    fn turn_to(&mut self, blocks: BlockRange) {
+        self.blocks = blocks;
+        self.tried.clear();
+        self.request = None;
+    }
+
+    /// Goes on with the first half, the second comes later; false if there are no halves.
+    fn halve(&mut self) -> bool {
+        let (start, end) = (self.blocks.start.0, self.blocks.end());
+        let middle = start + self.blocks.count / 2;
+        if middle == start {
+            return false;
+        }
+        self.later.push(BlockRange::between(middle, end));
+        self.turn_to(BlockRange::between(start, middle));
+        true
     }
 }
 
@@ -106,8 +132,11 @@ impl Replica {
     fn begin_read_repair(&mut self, id: OpId) {
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.get_mut(&id).expect("the request of a read exists");
-        op.stage = Stage::Repair;
         let blocks = op.blocks;
+        if op.repairs > READ_AGAIN_MAX {
+            return self.not_kept(id, Repair::new(blocks, None));
+        }
+        op.stage = Stage::Repair;
         op.repair = Some(Repair::new(blocks, None));
         let (blocks, shared) = (op.blocks, op.lock.take().expect("a read holds its lock"));
         let let_in = primary.locks.release(shared);
@@ -130,25 +159,58 @@ impl Replica {
 
     /// An edge of part `n` of a partial write can't be read; the write already holds the exclusive lock.
     pub(super) fn begin_edge_repair(&mut self, id: OpId, n: usize) {
-        let alone = self.config.as_ref().is_some_and(|c| c.in_sync == [self.me]);
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.get_mut(&id).expect("the request of a fill exists");
-        let blocks = op.plan[n].blocks;
+        let edges = edges(&op.plan[n]);
         op.repairs += 1;
-        // Each part was mended once: this disk does not keep what it is given, which is no better than one
-        // that cannot be written. Another member has the content; the client is not told an error for it.
         let hopeless = op.repairs > op.plan.len();
-        if hopeless && !alone {
-            return self.fail(
-                "a block that was rewritten cannot be read again; the role is handed over, mend the disk and \
-                 restart the node, it will be resynced"
-                    .to_string(),
-            );
+        let resume = Some(std::mem::take(&mut op.plan));
+        let mut repair = Repair::new(edges[0], resume);
+        repair.later.extend(edges.get(1));
+        if hopeless {
+            return self.not_kept(id, repair);
         }
         op.stage = Stage::Repair;
-        let resume = Some(std::mem::take(&mut op.plan));
-        op.repair = Some(Repair::new(blocks, resume));
-        if hopeless { self.repair_impossible(id) } else { self.ask_for_repair(id) }
+        op.repair = Some(repair);
+        // With two edges it is not known which one is bad.
+        if edges.len() > 1 { self.read_for_repair(id) } else { self.ask_for_repair(id) }
+    }
+
+    /// What was mended is unreadable again: this disk does not keep what it is given, which is no better than
+    /// one that cannot be written. Another member has the content; the client is not told an error for it.
+    fn not_kept(&mut self, id: OpId, repair: Repair) {
+        let alone = self.config.as_ref().is_some_and(|c| c.in_sync == [self.me]);
+        let Some(primary) = &mut self.primary else { return };
+        let op = primary.ops.get_mut(&id).expect("the request of a repair exists");
+        op.stage = Stage::Repair;
+        op.repair = Some(repair);
+        if alone {
+            return self.repair_impossible(id);
+        }
+        self.fail(
+            "a block that was rewritten cannot be read again; the role is handed over, mend the disk and \
+             restart the node, it will be resynced"
+                .to_string(),
+        );
+    }
+
+    /// Looks whether what is to be mended next needs it.
+    fn read_for_repair(&mut self, id: OpId) {
+        let Some(primary) = &self.primary else { return };
+        let Some(repair) = &primary.ops[&id].repair else { return };
+        let op = DiskOp::Read { blocks: repair.blocks, hash: false };
+        self.put_disk(op, Purpose::RepairRead(id), None);
+    }
+
+    pub(super) fn repair_read_done(&mut self, id: OpId, result: Result<DiskResult, DiskErrorKind>) {
+        let known = self.primary.as_ref().is_some_and(|p| p.ops.contains_key(&id));
+        let readable = result.is_ok();
+        self.discard_read(result);
+        match (known && self.failure.is_none(), readable) {
+            (false, _) => {}
+            (true, true) => self.piece_mended(id),
+            (true, false) => self.ask_for_repair(id),
+        }
     }
 
     /// Asks the next member of the ack set that was not asked yet.
@@ -161,7 +223,7 @@ impl Replica {
         let next = candidates.iter().find_map(|n| self.reported_session(*n).map(|s| (*n, s)));
         let Some((node, session)) = next else {
             // A member that is not connected has a good copy: it comes back, or is removed.
-            return if candidates.is_empty() { self.repair_impossible(id) } else { self.repair_waits(id) };
+            return if candidates.is_empty() { self.nobody_has_all(id) } else { self.repair_waits(id) };
         };
         let (request, now, reign) = (self.request_id(), self.now, self.reign());
         let Some(primary) = &mut self.primary else { return };
@@ -196,6 +258,17 @@ impl Replica {
         for id in ids {
             self.ask_for_repair(id);
         }
+    }
+
+    /// No member has all of the blocks, but one may have some of them, and this disk or another member the rest.
+    fn nobody_has_all(&mut self, id: OpId) {
+        let Some(primary) = &mut self.primary else { return };
+        let alone = primary.acks.is_empty();
+        let repair = primary.ops.get_mut(&id).and_then(|op| op.repair.as_mut());
+        if !alone && repair.is_some_and(Repair::halve) {
+            return self.read_for_repair(id);
+        }
+        self.repair_impossible(id);
     }
 
     /// Nobody has the blocks. The client is told so at once or not yet: what can't leave now is not decided
@@ -275,20 +348,42 @@ impl Replica {
         }
     }
 
-    /// The blocks are rewritten here: answer the read, or go on with the write.
+    /// The blocks are rewritten here: a read that was for nothing else is answered with what was written.
     pub(super) fn repaired(&mut self, id: OpId) {
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.get_mut(&id).expect("a repaired request exists");
         let payload = op.plan[0].payload.expect("a repair has content");
-        let repair = op.repair.take().expect("a repair is under way");
+        let repair = op.repair.as_ref().expect("a repair is under way");
         let blocks = repair.blocks;
-        self.event(Event::Repaired { blocks });
-        if let Some(plan) = repair.resume {
-            self.release(payload.buf);
-            self.resume_write(id, plan);
+        let whole = repair.resume.is_none() && blocks == op.blocks;
+        if whole {
+            op.repair = None;
         } else {
-            self.answer_read(id, payload);
+            op.stage = Stage::Repair;
+            op.plan.clear();
         }
+        self.event(Event::Repaired { blocks });
+        if whole {
+            return self.answer_read(id, payload);
+        }
+        self.release(payload.buf);
+        self.piece_mended(id);
+    }
+
+    /// On to the next piece; after the last one the read is read again, or the write goes on.
+    fn piece_mended(&mut self, id: OpId) {
+        let Some(primary) = &mut self.primary else { return };
+        let op = primary.ops.get_mut(&id).expect("a repaired request exists");
+        let repair = op.repair.as_mut().expect("a repair is under way");
+        if let Some(next) = repair.later.pop() {
+            repair.turn_to(next);
+            return self.read_for_repair(id);
+        }
+        if let Some(plan) = op.repair.take().and_then(|r| r.resume) {
+            return self.resume_write(id, plan);
+        }
+        op.repairs += 1;
+        self.begin_read(id);
     }
 
     fn resume_write(&mut self, id: OpId, plan: Plan) {
@@ -314,4 +409,18 @@ impl Replica {
         debug_assert!(matches!(op.request.op, ClientOp::Write(_) | ClientOp::Zero));
         true
     }
+}
+
+/// The blocks of a part that are completed from the disk.
+fn edges(part: &Planned) -> Vec<BlockRange> {
+    let block = |index| BlockRange::between(index, index + 1);
+    let (first, last) = (part.blocks.start.0, part.blocks.end() - 1);
+    let mut edges = Vec::new();
+    if part.head > 0 || first == last {
+        edges.push(block(first));
+    }
+    if part.tail > 0 && first != last {
+        edges.push(block(last));
+    }
+    edges
 }

@@ -9,7 +9,7 @@
 use blkrepl_engine::control::VolumeReport;
 use blkrepl_engine::control::failover::eligible_restarted;
 use blkrepl_engine::replica::Replica;
-use blkrepl_engine::types::{Member, NodeId};
+use blkrepl_engine::types::{BlockRange, Member, NodeId};
 
 use crate::client::ClientEvent;
 use crate::clock::{MS, S, Time};
@@ -17,7 +17,7 @@ use crate::content::{ROT, SECTORS, at};
 use crate::control::Disturbance;
 use crate::fault::FaultKind;
 use crate::net::Damage;
-use crate::node::Phase;
+use crate::node::{Node, Phase};
 use crate::operator::Force;
 use crate::outcome::Invariant;
 use crate::rng::Rng;
@@ -349,20 +349,23 @@ impl World {
         })
     }
 
-    /// True if an error that a client is told of has its reason: the disk failed here, or the blocks cannot
-    /// be read here and nobody who counts has them.
+    /// True if an error that a client is told of has its reason: the disk failed here, or a block
+    /// cannot be read here and nobody who counts has it.
     pub(crate) fn disk_trouble(&self, id: NodeId, first: u64, count: u64) -> bool {
         let n = self.node_ref(id);
         if n.disk.defects.errors_until > self.now || n.has_failed() {
             return true;
         }
-        let (from, to) = (first / SECTORS * SECTORS, (first + count).div_ceil(SECTORS) * SECTORS);
-        let bad = n.disk.bad.range(from..to).next().is_some();
-        let elsewhere = self.members_but(id).iter().any(|m| {
-            let o = self.node_ref(m.node);
-            o.lives_as(*m) && o.holds_all_of(*m) && o.disk.bad.range(from..to).next().is_none()
-        });
-        bad && !elsewhere
+        let blocks = first / SECTORS..(first + count).div_ceil(SECTORS);
+        let readable = |n: &Node, block: u64| n.disk.is_readable(BlockRange::between(block, block + 1));
+        let others = self.members_but(id);
+        let elsewhere = |block| {
+            others.iter().any(|m| {
+                let o = self.node_ref(m.node);
+                o.lives_as(*m) && o.holds_all_of(*m) && readable(o, block)
+            })
+        };
+        blocks.into_iter().any(|block| !readable(n, block) && !elsewhere(block))
     }
 
     // Processes.

@@ -311,6 +311,48 @@ fn r20_a_disk_that_does_not_keep_a_mended_edge_hands_the_role_over() {
     world.converge();
 }
 
+/// Found by the simulator, seed 1500949: the other disk had a bad block, too, though not the same one.
+#[test]
+fn r20_blocks_that_are_bad_on_different_disks_are_mended_from_each_other() {
+    let mut world = three();
+    let tags: Vec<u64> = (8..16).map(|block| world.write(node(1), block, false)).collect();
+    world.run(2);
+    for (n, bad) in [(1, vec![9, 10, 14]), (2, vec![8, 10, 13]), (3, vec![9, 11, 14])] {
+        world.nodes.get_mut(&node(n)).unwrap().disk.bad = bad;
+    }
+    world.nodes.get_mut(&node(1)).unwrap().disk.data[9..11].fill(0);
+    world.read_blocks(node(1), 8, 6);
+    world.run(2);
+    assert_eq!(world.waiting(node(1)), 0);
+    assert_eq!(world.nodes[&node(1)].disk.data[8..14], tags[..6]);
+    // Of a partial write the edges alone are asked for: what is between them is overwritten.
+    world.nodes.get_mut(&node(1)).unwrap().disk.bad = vec![10, 14];
+    world.write_bytes(node(1), 10 * BLOCK + 100, 4 * BLOCK, false);
+    world.run(2);
+    assert_eq!(world.waiting(node(1)), 0);
+    world.converge();
+}
+
+#[test]
+fn r20_a_disk_that_does_not_keep_mended_blocks_hands_the_role_over() {
+    let mut world = three();
+    for block in 8..16 {
+        world.write(node(1), block, false);
+    }
+    world.run(2);
+    for (n, bad) in [(1, 9), (2, 8), (3, 8)] {
+        world.nodes.get_mut(&node(n)).unwrap().disk.bad = vec![bad];
+    }
+    world.nodes.get_mut(&node(1)).unwrap().disk.bad_for_good = true;
+    world.read_blocks(node(1), 8, 6);
+    world.run(5);
+    let failure = world.replica(node(1)).status().failure.unwrap_or_default();
+    assert!(failure.contains("rewritten"), "{failure}");
+    assert_ne!(world.config.primary.map(|m| m.node), Some(node(1)));
+    world.nodes.get_mut(&node(1)).unwrap().disk.bad_for_good = false;
+    world.converge();
+}
+
 #[test]
 fn a_repair_that_a_change_of_reign_interrupts_releases_its_buffer_once() {
     let mut world = two();

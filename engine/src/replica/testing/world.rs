@@ -75,7 +75,7 @@ pub(super) struct Buf {
 #[derive(Debug, Clone)]
 pub(super) enum Asked {
     Write(Vec<(u64, Change)>),
-    Read { block: u64 },
+    Read { first: u64 },
     Flush(Flushable),
 }
 
@@ -544,7 +544,11 @@ impl World {
     }
 
     pub(in super::super) fn read(&mut self, id: NodeId, block: u64) {
-        self.ask(id, ClientOp::Read, (block * BLOCK, BLOCK), false, Asked::Read { block });
+        self.read_blocks(id, block, 1);
+    }
+
+    pub(in super::super) fn read_blocks(&mut self, id: NodeId, first: u64, count: u64) {
+        self.ask(id, ClientOp::Read, (first * BLOCK, count * BLOCK), false, Asked::Read { first });
     }
 
     pub(in super::super) fn flush(&mut self, id: NodeId) {
@@ -572,9 +576,10 @@ impl World {
                     self.assert_on_all_members(block);
                 }
             }
-            Asked::Read { block } => {
-                let value = tags.expect("a read brings content")[0];
-                self.history.read(block, value, &id.to_string());
+            Asked::Read { first } => {
+                for (block, value) in (first..).zip(tags.expect("a read brings content")) {
+                    self.history.read(block, value, &id.to_string());
+                }
             }
             Asked::Flush(sent) => {
                 self.acked_flushes += 1;
