@@ -306,7 +306,46 @@ fn fixed<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Any request header is the specification's fields in network byte order, one after the other.
+        #[test]
+        fn any_request_header_is_its_fields_in_order(
+            flags in any::<u16>(), command in any::<u16>(), handle in any::<u64>(), offset in any::<u64>(),
+            len in any::<u32>(), at in 0..4usize, flip in 1u8..,
+        ) {
+            let header = RequestHeader { flags, command, handle, offset, len };
+            let mut bytes = header.encode();
+            let expected = [
+                &[0x25, 0x60, 0x95, 0x13][..], &flags.to_be_bytes(), &command.to_be_bytes(), &handle.to_be_bytes(),
+                &offset.to_be_bytes(), &len.to_be_bytes(),
+            ];
+            prop_assert_eq!(&bytes[..], expected.concat());
+            prop_assert_eq!(RequestHeader::decode(&bytes), Ok(header));
+            bytes[at] ^= flip;
+            prop_assert_eq!(RequestHeader::decode(&bytes), Err(be32(&bytes, 0)));
+        }
+
+        /// The same of replies. Every number but 0 is an error, and stays the number that it was.
+        #[test]
+        fn any_reply_header_is_its_fields_in_order(
+            code in prop_oneof![0u32..120, any::<u32>()], handle in any::<u64>(), at in 0..4usize, flip in 1u8..,
+        ) {
+            let error = NbdErrno::from_code(code);
+            prop_assert_eq!(error.map_or(0, NbdErrno::code), code);
+            let mut bytes = encode_simple_reply(error, handle);
+            let expected = [&[0x67, 0x44, 0x66, 0x98][..], &code.to_be_bytes(), &handle.to_be_bytes()];
+            prop_assert_eq!(&bytes[..], expected.concat());
+            prop_assert_eq!(decode_simple_reply(&bytes), Ok((error, handle)));
+            bytes[at] ^= flip;
+            prop_assert_eq!(decode_simple_reply(&bytes), Err(be32(&bytes, 0)));
+        }
+    }
 
     #[test]
     fn magics_are_the_letters_of_the_specification() {

@@ -275,6 +275,48 @@ mod tests {
             }
         }
 
+        /// The model is the table of docs/nbd.md: what of a request is refused, with which error.
+        #[test]
+        fn a_request_is_refused_exactly_for_the_reasons_of_the_table(
+            flags in prop_oneof![4 => 0u16..4, 1 => any::<u16>()], command in 0u16..9,
+            offset in prop_oneof![0u64..9000, SIZE - 9000..SIZE + 9000, any::<u64>()],
+            len in prop_oneof![0u32..9000, PAYLOAD_MAX_DEFAULT - 5..PAYLOAD_MAX_DEFAULT + 5, any::<u32>()],
+            align in prop::sample::select(vec![1u32, 512, 4096]), snap in any::<bool>(), read_only in any::<bool>(),
+        ) {
+            let (offset, len) = if snap {
+                (offset / u64::from(align) * u64::from(align), len / align * align)
+            } else {
+                (offset, len)
+            };
+            let export = ExportInfo { min_block: align, read_only, ..ExportInfo::new("vol0", SIZE) };
+            let header = RequestHeader { flags, command, handle: 3, offset, len };
+            let ClientFrame::Request(request) = Session::new(&export).parse(&header.encode()) else {
+                prop_assert_eq!(command, NBD_CMD_DISC);
+                return Ok(());
+            };
+            let writes = [NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES].contains(&command);
+            let known = writes || [NBD_CMD_READ, NBD_CMD_FLUSH].contains(&command);
+            let allowed = if command == NBD_CMD_WRITE_ZEROES { 0b11 } else { 0b01 };
+            let malformed = !known || flags & !allowed != 0;
+            let aligned = offset % u64::from(align) == 0 && len % align == 0;
+            let long = [NBD_CMD_READ, NBD_CMD_WRITE].contains(&command) && len > 32 << 20;
+            let past = u128::from(offset) + u128::from(len) > u128::from(SIZE);
+            let expected = if malformed {
+                Some(ClientError::Invalid)
+            } else if command == NBD_CMD_FLUSH {
+                (offset != 0 || len != 0).then_some(ClientError::Invalid)
+            } else if writes && read_only || len == 0 || !aligned || long {
+                Some(ClientError::Invalid)
+            } else if past && [NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES].contains(&command) {
+                Some(ClientError::NoSpace)
+            } else {
+                past.then_some(ClientError::Invalid)
+            };
+            prop_assert_eq!(request.error, expected);
+            prop_assert_eq!((request.offset, request.len), if known { (offset, len) } else { (0, 0) });
+            prop_assert_eq!(request.fua, known && flags & NBD_CMD_FLAG_FUA != 0);
+        }
+
         #[test]
         fn random_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
             let _ = session().parse(&bytes);

@@ -242,6 +242,18 @@ mod tests {
 
     proptest! {
         #[test]
+        fn any_address_is_read_as_it_is_shown(
+            host in "[a-z0-9][a-z0-9.-]{0,12}|[0-9a-f]{0,4}::[0-9a-f]{1,4}", port in any::<u16>(),
+            export in "[^\\x00]{0,12}", path in "[^\\x00]{1,20}",
+        ) {
+            for uri in [NbdUri::tcp(host, port, export.clone()), NbdUri::unix(path, export)] {
+                let shown = uri.to_string();
+                prop_assert!(shown.bytes().all(|b| b.is_ascii_graphic()), "{}", shown);
+                prop_assert_eq!(shown.parse(), Ok(uri));
+            }
+        }
+
+        #[test]
         fn any_text_is_understood_or_refused(text in "(nbd(\\+unix)?://)?[%\\[\\]:/?=a-z0-9&]{0,40}") {
             if let Ok(uri) = text.parse::<NbdUri>() {
                 prop_assert_eq!(uri.to_string().parse(), Ok(uri));

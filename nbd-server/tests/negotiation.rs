@@ -378,6 +378,57 @@ proptest! {
         feed(&[&fixed(), &bytes[..]].concat(), &ALL);
     }
 
+    /// The model knows of each option alone what its final reply is, and whether the session goes on.
+    #[test]
+    fn each_option_is_answered_as_if_it_stood_alone(
+        options in proptest::collection::vec(
+            (0u32..13, "(vol0|away|late|none|)", proptest::collection::vec(0u16..5, 0..4), 0u8..8), 0..10),
+    ) {
+        let mut input = fixed();
+        let mut expected = Vec::new();
+        let mut goes_on = true;
+        for (kind, name, wanted, shape) in options {
+            // Mostly data as `NBD_OPT_GO` has them; none, a byte too few, or more than is looked at.
+            let whole = info_data(name.as_bytes(), &wanted);
+            let data = match shape {
+                0 => Vec::new(),
+                1 => whole[..whole.len() - 1].to_vec(),
+                2 => vec![b'x'; OPTION_BYTES_MAX as usize + 1],
+                _ => whole,
+            };
+            input.extend(option(kind, &data));
+            if !goes_on {
+                continue;
+            }
+            let known = [NBD_OPT_ABORT, NBD_OPT_LIST, NBD_OPT_INFO, NBD_OPT_GO].contains(&kind);
+            let reply = match kind {
+                // Its data is no name: it holds zeroes, is empty (there are three volumes), or too long.
+                NBD_OPT_EXPORT_NAME => None,
+                _ if !known => Some(NBD_REP_ERR_UNSUP),
+                _ if shape == 2 => Some(NBD_REP_ERR_TOO_BIG),
+                NBD_OPT_ABORT => Some(NBD_REP_ACK),
+                NBD_OPT_LIST => Some(if data.is_empty() { NBD_REP_ACK } else { NBD_REP_ERR_INVALID }),
+                _ if shape < 2 => Some(NBD_REP_ERR_INVALID),
+                _ => Some(match name.as_str() {
+                    "vol0" => NBD_REP_ACK,
+                    "away" => NBD_REP_ERR_POLICY,
+                    "late" => NBD_REP_ERR_SHUTDOWN,
+                    _ => NBD_REP_ERR_UNKNOWN,
+                }),
+            };
+            let entered = kind == NBD_OPT_GO && reply == Some(NBD_REP_ACK);
+            let aborted = kind == NBD_OPT_ABORT && reply == Some(NBD_REP_ACK);
+            goes_on = reply.is_some() && !entered && !aborted;
+            expected.extend(reply.map(|reply| (kind, reply)));
+        }
+        let outcome = feed(&input, &ALL);
+        let is_final = |r: &(u32, u32, Vec<u8>)| ![NBD_REP_INFO, NBD_REP_SERVER].contains(&r.1);
+        let finals: Vec<(u32, u32)> =
+            replies(&outcome.sent).into_iter().filter(is_final).map(|r| (r.0, r.1)).collect();
+        prop_assert_eq!(finals, expected);
+        prop_assert_eq!(outcome.progress == Progress::Continue, goes_on);
+    }
+
     #[test]
     fn any_options_in_any_order_get_their_replies(options in proptest::collection::vec(any_option(), 0..12)) {
         let outcome = feed(&[fixed(), options.concat()].concat(), &ALL);

@@ -174,3 +174,7 @@ mod tests {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "codec_tests.rs"]
+mod property_tests;

@@ -224,6 +224,8 @@ impl Receiver<'_> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::super::fixture::{Cluster, member, record};
     use super::super::state::NodeKind;
     use super::*;
@@ -292,5 +294,56 @@ mod tests {
         assert!(matches!(read_frame::<u64>(&mut bytes.as_slice()).await, Ok(Some(Err(_)))));
         bytes[4] = 200;
         assert!(matches!(read_frame::<u64>(&mut bytes.as_slice()).await, Ok(Some(Err(_)))));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 1024, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// The rules in one sentence each, for any sender and any receiver.
+        #[test]
+        fn r13_r19_a_request_is_accepted_exactly_by_the_rules(
+            clusters in (prop::option::of(97u128..100), prop::option::of(97u128..100)),
+            node in prop::sample::select(vec![1u64, 2, 3, 8]), boot in 1u64..4, twin in any::<bool>(),
+            lost_disk in prop::bool::weighted(0.2), removed in prop::bool::weighted(0.2),
+            strayed in prop::bool::weighted(0.2), contact in any::<bool>(), kind in 0u8..3,
+        ) {
+            let mut c = Cluster::pair();
+            c.register(1, 2);
+            c.register(2, 2);
+            if removed {
+                c.state.nodes.remove(&NodeId(node));
+                c.state.retired.insert(NodeId(node));
+            }
+            let me = Sender { cluster: clusters.0.map(ClusterId), ..sender(2, 9) };
+            let mut from = Sender { cluster: clusters.1.map(ClusterId), ..sender(node, boot) };
+            from.incarnation.nonce += u64::from(twin);
+            from.store = if lost_disk { StoreId(5) } else { from.store };
+            let to = if strayed { StoreId(6) } else { me.store };
+            let body = match kind {
+                0 => RequestBody::Identify,
+                1 => vote(),
+                _ => RequestBody::Admin(Vec::new()),
+            };
+            let contacts: Vec<NodeId> = if contact { vec![NodeId(node)] } else { Vec::new() };
+            let receiver = Receiver { me, state: &c.state, contacts: &contacts };
+            let found = receiver.check(&Request { from, to: Some((me.node, to)), body });
+
+            // A known node speaks from its own store, as its registered run or as one that was started later.
+            let registered = c.state.newest(NodeId(node));
+            let known = c.state.nodes.contains_key(&NodeId(node));
+            let own_run = registered.is_none_or(|run| run == from.incarnation || run.boot < from.incarnation.boot);
+            let credible = !removed && (!known || !lost_disk && own_run);
+            let same_cluster = me.cluster.is_some() && me.cluster == from.cluster;
+            // A node without a cluster takes the one of Raft traffic from a node that it was told of.
+            let adopts = me.cluster.is_none() && from.cluster.is_some() && kind == 1 && contact;
+            let expected = match kind {
+                0 => Some(None),
+                _ if strayed => None,
+                _ if adopts => Some(from.cluster),
+                _ if same_cluster && credible => Some(None),
+                _ => None,
+            };
+            prop_assert_eq!(found.ok(), expected);
+        }
     }
 }

@@ -358,3 +358,7 @@ impl ClusterState {
         None
     }
 }
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;

@@ -177,7 +177,87 @@ impl GroupBits {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Lengths at which words, pages and groups end, and any.
+    fn lens() -> impl Strategy<Value = u32> {
+        prop_oneof![
+            prop::sample::select(vec![1, 63, 64, 65, 3840, GROUP_BITS - 1, GROUP_BITS]),
+            1..GROUP_BITS
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// The model is a vector of flags. It also says which form a group has: that of all clear and of all set
+        /// is not the mixed one, however it was reached.
+        #[test]
+        fn behaves_like_a_vector_of_flags(
+            len in lens(),
+            steps in prop::collection::vec((0u32..1000, prop_oneof![Just(0), 0u32..1001], any::<bool>()), 1..20),
+            from in 0u32..1001,
+        ) {
+            let at = |part: u32| part * (len / 1000) + part * (len % 1000) / 1000;
+            let mut group = GroupBits::clear(len);
+            let mut model = vec![false; len as usize];
+            for (start, count, to) in steps {
+                let start = at(start).min(len - 1);
+                let count = at(count).min(len - start);
+                let range = &mut model[start as usize..(start + count) as usize];
+                let changed = range.iter().filter(|bit| **bit != to).count();
+                range.fill(to);
+                prop_assert_eq!(group.change(start, count, to) as usize, changed);
+                prop_assert_eq!(group.count() as usize, model.iter().filter(|bit| **bit).count());
+                prop_assert_eq!(group == GroupBits::clear(len), !model.contains(&true));
+                prop_assert_eq!(group == GroupBits::full(len), !model.contains(&false));
+            }
+            let seen: Vec<bool> = (0..len).map(|bit| group.get(bit)).collect();
+            prop_assert_eq!(&seen, &model);
+            // In two pieces, whatever it holds.
+            let cut = at(from).min(len);
+            for (to, expected) in [(true, GroupBits::full(len)), (false, GroupBits::clear(len))] {
+                let mut whole = group.clone();
+                whole.change(0, cut, to);
+                whole.change(cut, len - cut, to);
+                prop_assert_eq!(whole, expected, "cut at {}", cut);
+            }
+            let from = at(from);
+            for set in [true, false] {
+                let rest = model.iter().enumerate().skip(from as usize);
+                let found = rest.filter(|(_, bit)| **bit == set).map(|(bit, _)| bit).next();
+                prop_assert_eq!(group.next(from, set).map(|bit| bit as usize), found, "from {}", from);
+            }
+        }
+
+        /// What the pages say is what comes back; a page that says nothing is all-set, and nothing beyond the
+        /// end counts, whatever the pages hold there.
+        #[test]
+        fn a_group_is_what_its_pages_say(
+            len in lens(),
+            pages in prop::collection::vec(prop::option::of(any::<(u64, u64)>()), PAGES_PER_GROUP),
+        ) {
+            let words = |(a, b): (u64, u64)| -> PageWords {
+                std::array::from_fn(|i| if i % 3 == 0 { a } else { b.rotate_left(i as u32) })
+            };
+            let pages: [Option<PageWords>; PAGES_PER_GROUP] = std::array::from_fn(|i| pages[i].map(words));
+            let group = GroupBits::from_pages(len, &pages);
+            let bit_of = |bit: usize| {
+                let (page, bit) = (bit / (PAGE_WORDS * 64), bit % (PAGE_WORDS * 64));
+                pages[page].is_none_or(|words| words[bit / 64] >> (bit % 64) & 1 == 1)
+            };
+            let model: Vec<bool> = (0..len as usize).map(bit_of).collect();
+            let seen: Vec<bool> = (0..len).map(|bit| group.get(bit)).collect();
+            prop_assert_eq!(&seen, &model);
+            prop_assert_eq!(group.count() as usize, model.iter().filter(|bit| **bit).count());
+            let again: [Option<PageWords>; PAGES_PER_GROUP] = std::array::from_fn(|i| Some(group.page(i)));
+            prop_assert_eq!(GroupBits::from_pages(len, &again), group);
+            let set: u32 = again.iter().flatten().flatten().map(|word| word.count_ones()).sum();
+            prop_assert_eq!(set as usize, model.iter().filter(|bit| **bit).count(), "bits beyond the end");
+        }
+    }
 
     #[test]
     fn masks_cover_exactly_the_range() {

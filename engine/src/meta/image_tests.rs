@@ -1,6 +1,8 @@
 //! A whole image against a model file: made, stopped in the middle, read, damaged.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
 
 use super::*;
 use crate::meta::SUPERBLOCKS_END;
@@ -174,4 +176,86 @@ fn a_reader_error_says_what_could_not_be_read() {
     assert!(error.to_string().starts_with("cannot read the intent map"), "{error}");
     let source = std::error::Error::source(&error).unwrap();
     assert_eq!(source.to_string(), "medium error");
+}
+
+/// What is done to a file between two opens.
+#[derive(Clone, Debug)]
+enum Harm {
+    Flip(prop::sample::Index, usize, u8),
+    Blank(prop::sample::Index),
+    CopyTo(prop::sample::Index, prop::sample::Index),
+    CutAt(prop::sample::Index),
+}
+
+fn harm() -> impl Strategy<Value = Harm> {
+    let place = any::<prop::sample::Index>;
+    prop_oneof![
+        4 => (place(), 0..4096usize, 1..=255u8).prop_map(|(at, byte, bits)| Harm::Flip(at, byte, bits)),
+        1 => place().prop_map(Harm::Blank),
+        1 => (place(), place()).prop_map(|(from, to)| Harm::CopyTo(from, to)),
+        1 => place().prop_map(Harm::CutAt),
+    ]
+}
+
+impl Harm {
+    fn strike(&self, file: &mut File) {
+        let places: Vec<u64> = file.0.keys().copied().collect();
+        if places.is_empty() {
+            return;
+        }
+        let at = |place: &prop::sample::Index| places[place.index(places.len())];
+        match self {
+            Self::Flip(place, byte, bits) => file.0.get_mut(&at(place)).unwrap()[*byte] ^= bits,
+            Self::Blank(place) => file.0.get_mut(&at(place)).unwrap().fill(0),
+            Self::CopyTo(from, to) => {
+                let bytes = file.0[&at(from)].clone();
+                file.0.insert(at(to), bytes);
+            }
+            Self::CutAt(place) => file.0.retain(|offset, _| *offset < at(place)),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// A file with any bits in its maps, harmed in any way: it cannot be read, or it holds the superblock that
+    /// was written and at least every bit that was set; and it is never called sound if its superblock was
+    /// touched [R16].
+    #[test]
+    fn whatever_harm_a_file_takes_no_set_bit_of_it_is_lost(
+        regions in prop::collection::btree_set(0..200u64, 0..20),
+        blocks in prop::collection::vec((0..51_200u64, 1..4000u64), 0..6),
+        harms in prop::collection::vec(harm(), 0..4),
+    ) {
+        let mut image = Image::fresh(superblock(), &OTHERS, true);
+        regions.iter().for_each(|region| { image.intent.set(*region); });
+        let mut lacking = BTreeSet::new();
+        for (start, count) in blocks {
+            let count = count.min(51_200 - start);
+            image.dirty.get_mut(&OTHERS[1]).unwrap().set_range(start, count);
+            lacking.extend(start..start + count);
+        }
+        let mut file = File::default();
+        image.encode_all().for_each(|write| file.write(write));
+        let before = file.clone();
+        harms.iter().for_each(|harm| harm.strike(&mut file));
+        let whole = |at: u64| file.0.get(&at) == before.0.get(&at);
+        match file.read(&OTHERS) {
+            Ok(read) => {
+                prop_assert!(whole(0) || whole(4096));
+                let sound = read.trust == SuperblockTrust::Sound;
+                prop_assert_eq!(sound, whole(0) && whole(4096));
+                let expected = Superblock { seq: read.superblock.seq, ..superblock() };
+                prop_assert_eq!(&read.superblock, &expected);
+                prop_assert!(regions.iter().all(|region| read.intent.get(*region)));
+                prop_assert!(lacking.iter().all(|block| read.dirty[&OTHERS[1]].get(*block)));
+                let untouched = before.0.keys().all(|at| whole(*at));
+                prop_assert!(!untouched || read.dirty[&OTHERS[1]].count() == lacking.len() as u64);
+                prop_assert_eq!(read.notes.is_empty(), sound && read.damaged_pages == 0);
+            }
+            Err(ImageError::Superblock(_)) => prop_assert!(!whole(0) && !whole(4096)),
+            Err(error) => panic!("{error}"),
+        }
+    }
 }

@@ -175,8 +175,40 @@ impl Layout {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::types::VOLUME_SIZE_MAX;
+
+    proptest! {
+        /// The model counts: every slot of every group of every area takes the next 4 KiB, in that order, and
+        /// the groups of an area share its bits out.
+        #[test]
+        fn every_place_is_the_next_one(blocks in 1u64..400_000, region in 16u32..=26) {
+            let geometry = Geometry::new(blocks * 4096, 4096, 1 << region).unwrap();
+            let layout = Layout::new(&geometry);
+            let mut next = 2 * 4096;
+            for area in areas() {
+                let place = layout.area(area);
+                prop_assert_eq!(place.offset(), next);
+                let mut left = if area == Area::Intent { (blocks * 4096).div_ceil(1 << region) } else { blocks };
+                prop_assert_eq!(place.bits(), left);
+                let mut group = 0;
+                while left > 0 {
+                    let here = left.min(8 * 480 * 8);
+                    prop_assert_eq!(u64::from(place.bits_of(group)), here);
+                    for slot in [0, 1] {
+                        prop_assert_eq!(place.group_offset(group, slot), next);
+                        next += 4096;
+                    }
+                    (left, group) = (left - here, group + 1);
+                }
+                prop_assert_eq!(place.groups(), group);
+                prop_assert_eq!(place.end(), next);
+            }
+            prop_assert_eq!(layout.file_len(), next);
+        }
+    }
 
     fn areas() -> impl Iterator<Item = Area> {
         let slots = u8::try_from(REPLICAS_MAX).unwrap();

@@ -103,7 +103,68 @@ impl PageAddress {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    fn any_address() -> impl Strategy<Value = PageAddress> {
+        (any::<u128>(), any::<u8>(), 0u8..2, any::<u32>(), any::<u64>()).prop_map(
+            |(volume, area, slot, page, offset)| PageAddress {
+                volume: VolumeId(volume),
+                area,
+                slot,
+                page,
+                offset,
+            },
+        )
+    }
+
+    proptest! {
+        /// Any page at any address, read by a second decoder that knows the documented layout alone.
+        #[test]
+        fn any_page_comes_back_and_has_the_documented_layout(
+            here in any_address(), seq in any::<u64>(), fill in any::<[u64; 4]>(),
+        ) {
+            let words: PageWords = std::array::from_fn(|i| fill[i % 4].rotate_left(i as u32));
+            let page = here.encode(seq, &words);
+            prop_assert_eq!(here.decode(&page), Some((seq, words)));
+            let mut expected = b"BRpg\x01\x00".to_vec();
+            expected.extend([here.area, here.slot]);
+            expected.extend(here.page.to_le_bytes());
+            expected.extend([0; 4]);
+            expected.extend(seq.to_le_bytes());
+            expected.extend([0; 4]);
+            let bits: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let (volume, offset) = (here.volume.0.to_le_bytes(), here.offset.to_le_bytes());
+            let covered = [&volume[..], &offset, &expected, &bits].concat();
+            expected.extend(crc32fast::hash(&covered).to_le_bytes());
+            expected.extend(bits);
+            prop_assert_eq!(&page[..], expected);
+        }
+
+        /// What was written for one address is nothing at any other; a page with any of its bytes changed is
+        /// none.
+        #[test]
+        fn a_page_is_only_itself(
+            here in any_address(), there in any_address(), take in 0u8..31,
+            edits in prop::collection::vec((0..META_PAGE_LEN, any::<u8>()), 0..4),
+        ) {
+            let page = here.encode(9, &words());
+            let pick = |bit: u8| take >> bit & 1 == 1;
+            let other = PageAddress {
+                volume: if pick(0) { there.volume } else { here.volume },
+                area: if pick(1) { there.area } else { here.area },
+                slot: if pick(2) { there.slot } else { here.slot },
+                page: if pick(3) { there.page } else { here.page },
+                offset: if pick(4) { there.offset } else { here.offset },
+            };
+            let mut hurt = page;
+            for (at, value) in edits {
+                hurt[at] = value;
+            }
+            prop_assert_eq!(other.decode(&hurt).is_some(), other == here && hurt == page);
+        }
+    }
 
     const HERE: PageAddress =
         PageAddress { volume: VolumeId(0xfeed), area: 3, slot: 1, page: 77, offset: 0x12_3000 };

@@ -346,7 +346,27 @@ fn runs_of(blocks: BlockRange, flags: &[bool], want: bool) -> Vec<BlockRange> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// Both kinds of runs together cover the range; each is as long as it can be and holds its kind alone.
+        #[test]
+        fn runs_name_each_block_once_by_its_flag(
+            start in 0u64..100, flags in prop::collection::vec(any::<bool>(), 0..70),
+        ) {
+            let blocks = BlockRange::between(start, start + flags.len() as u64);
+            for want in [true, false] {
+                let runs = runs_of(blocks, &flags, want);
+                let named: Vec<u64> = runs.iter().flat_map(|run| run.iter().map(|b| b.0)).collect();
+                let expected: Vec<u64> =
+                    blocks.iter().zip(&flags).filter(|(_, f)| **f == want).map(|(b, _)| b.0).collect();
+                prop_assert_eq!(named, expected);
+                prop_assert!(runs.windows(2).all(|pair| pair[0].end() < pair[1].start.0), "{:?}", runs);
+            }
+        }
+    }
 
     #[test]
     fn runs_split_a_range_by_its_flags() {

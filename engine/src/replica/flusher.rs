@@ -48,6 +48,8 @@ impl Flusher {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -63,6 +65,37 @@ mod tests {
         flusher.handle_done();
         assert!(flusher.redeemed(second));
         assert!(!flusher.poll_start());
+    }
+
+    proptest! {
+        /// Time is counted in steps. A ticket is redeemed exactly if a flush that began after it was asked for
+        /// is over; at most one flush is in flight, and none starts that nobody waits for.
+        #[test]
+        fn a_ticket_is_redeemed_exactly_by_a_flush_that_began_after_it(
+            steps in prop::collection::vec(0u8..3, 1..60)
+        ) {
+            let mut flusher = Flusher::new();
+            let (mut asked, mut over): (Vec<(usize, FlushTicket)>, Vec<usize>) = (Vec::new(), Vec::new());
+            let mut in_flight = None;
+            for (now, step) in steps.into_iter().enumerate() {
+                match step {
+                    0 => asked.push((now, flusher.request())),
+                    1 => {
+                        let served = |at: usize| over.iter().chain(&in_flight).any(|start| *start > at);
+                        let waits = asked.iter().any(|(at, _)| !served(*at));
+                        prop_assert_eq!(flusher.poll_start(), waits && in_flight.is_none());
+                        in_flight = in_flight.or(waits.then_some(now));
+                    }
+                    _ => if let Some(start) = in_flight.take() {
+                        flusher.handle_done();
+                        over.push(start);
+                    },
+                }
+                for (at, ticket) in &asked {
+                    prop_assert_eq!(flusher.redeemed(*ticket), over.iter().any(|start| start > at));
+                }
+            }
+        }
     }
 
     #[test]

@@ -217,3 +217,7 @@ impl IntentBook {
             && self.regions.keys().all(|r| store.intent().get(r.0))
     }
 }
+
+#[cfg(test)]
+#[path = "intent_tests.rs"]
+mod tests;

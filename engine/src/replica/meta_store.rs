@@ -277,3 +277,7 @@ impl MetaStore {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "meta_store_tests.rs"]
+pub(super) mod tests;

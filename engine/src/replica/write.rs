@@ -465,7 +465,39 @@ fn plan_zeroes(start: u64, end: u64, block_size: u64) -> Plan {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// The model is a byte for a byte: what the parts zero is what was asked for, blocks never overlap, and
+        /// a block is filled from the disk only if a part of it is to stay.
+        #[test]
+        fn the_parts_of_a_zero_request_cover_its_bytes_exactly(start in 0u64..60, len in 1u64..60) {
+            const BLOCK: u64 = 8;
+            let end = start + len;
+            let mut zeroed = [0u8; 128];
+            let mut touched = [0u8; 16];
+            for part in plan_zeroes(start, end, BLOCK) {
+                let (head, tail) = (u64::from(part.head), u64::from(part.tail));
+                prop_assert!(part.blocks.count == 1 || head == 0 && tail == 0, "{:?}", part);
+                prop_assert!(head + tail < BLOCK);
+                for byte in part.blocks.start.0 * BLOCK + head..part.blocks.end() * BLOCK - tail {
+                    zeroed[usize::try_from(byte).unwrap()] += 1;
+                }
+                for block in part.blocks.iter() {
+                    touched[usize::try_from(block.0).unwrap()] += 1;
+                }
+            }
+            for (byte, times) in (0u64..).zip(zeroed) {
+                prop_assert_eq!(times, u8::from((start..end).contains(&byte)), "byte {}", byte);
+            }
+            for (block, times) in (0u64..).zip(touched) {
+                let expected = start < (block + 1) * BLOCK && block * BLOCK < end;
+                prop_assert_eq!(times, u8::from(expected), "block {}", block);
+            }
+        }
+    }
 
     fn shape(start: u64, end: u64) -> Vec<(u64, u64, u32, u32)> {
         plan_zeroes(start, end, 4096)

@@ -204,7 +204,48 @@ impl BlockRange {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// The model counts: a byte lies in block `byte / 4096`, a block in region `block / blocks per region`.
+        #[test]
+        fn blocks_and_regions_are_those_of_the_bytes(
+            blocks in 1u64..200, offset in 0u64..900_000, len in 0u64..70_000,
+        ) {
+            let g = Geometry::new(blocks * 4096, 4096, 65_536).unwrap();
+            let range = ByteRange { offset, len };
+            prop_assert_eq!(g.contains(range), len > 0 && offset + len <= blocks * 4096);
+            if !g.contains(range) {
+                return Ok(());
+            }
+            let touched: BTreeSet<u64> = (offset..offset + len).map(|byte| byte / 4096).collect();
+            let found = g.blocks_of(range);
+            prop_assert!(g.contains_blocks(found) && g.all().count == blocks);
+            prop_assert_eq!(found.iter().map(|b| b.0).collect::<BTreeSet<_>>(), touched.clone());
+            prop_assert_eq!(g.blocks_of(g.bytes_of(found)), found);
+            let regions: BTreeSet<u64> = touched.iter().map(|block| block / 16).collect();
+            prop_assert_eq!(g.regions_of(found).map(|r| r.0).collect::<BTreeSet<_>>(), regions.clone());
+            prop_assert_eq!(g.regions(), (0..blocks).map(|block| block / 16).max().unwrap() + 1);
+            for region in regions {
+                let of_region: Vec<u64> = (0..blocks).filter(|block| block / 16 == region).collect();
+                let found: Vec<u64> = g.blocks_of_region(RegionIndex(region)).iter().map(|b| b.0).collect();
+                prop_assert_eq!(found, of_region);
+            }
+        }
+
+        /// The model of a range is the set of its blocks.
+        #[test]
+        fn ranges_overlap_if_they_share_a_block(a in (0u64..20, 1u64..8), b in (0u64..20, 1u64..8), at in 0u64..30) {
+            let (a, b) = (BlockRange::between(a.0, a.0 + a.1), BlockRange::between(b.0, b.0 + b.1));
+            let blocks = |range: &BlockRange| range.iter().map(|b| b.0).collect::<BTreeSet<_>>();
+            prop_assert_eq!(a.overlaps(&b), !blocks(&a).is_disjoint(&blocks(&b)));
+            prop_assert_eq!(a.contains(BlockIndex(at)), blocks(&a).contains(&at));
+        }
+    }
 
     #[test]
     fn ranges_that_leave_the_volume_or_overflow_are_outside() {

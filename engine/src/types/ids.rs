@@ -181,3 +181,49 @@ impl SlotSet {
         (0..8u8).map(ReplicaSlot).filter(move |slot| self.contains(*slot))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn an_id_is_read_as_it_is_shown(id in any::<u128>(), dashes in prop::collection::vec(0usize..33, 0..6)) {
+            let shown = LineageId(id).to_string();
+            prop_assert_eq!(shown.len(), 32);
+            let mut written = shown.to_uppercase();
+            for at in dashes {
+                written.insert(at.min(written.len()), '-');
+            }
+            prop_assert_eq!(shown.parse(), Ok(LineageId(id)));
+            prop_assert_eq!(written.parse(), Ok(LineageId(id)));
+            let longer = format!("{shown}0").parse::<LineageId>();
+            prop_assert!(longer.is_err() || id >> 124 == 0);
+        }
+
+        #[test]
+        fn a_slot_set_is_a_set(slots in prop::collection::vec(0u8..8, 0..12)) {
+            let (mut set, mut model) = (SlotSet::default(), BTreeSet::new());
+            for slot in slots {
+                set.insert(ReplicaSlot(slot));
+                model.insert(ReplicaSlot(slot));
+                prop_assert_eq!(set.iter().collect::<BTreeSet<_>>(), model.clone());
+                prop_assert!(set.iter().is_sorted());
+                prop_assert!((0..8).map(ReplicaSlot).all(|s| set.contains(s) == model.contains(&s)));
+            }
+        }
+
+        /// Times neither wrap nor run backwards.
+        #[test]
+        fn times_saturate(at in any::<u64>(), by in any::<u64>()) {
+            let later = Nanos(at).after(Duration::from_nanos(by));
+            prop_assert_eq!(u128::from(later.0), (u128::from(at) + u128::from(by)).min(u128::from(u64::MAX)));
+            prop_assert_eq!(later.since(Nanos(at)), Duration::from_nanos(later.0 - at));
+            prop_assert_eq!(Nanos(at).since(later), Duration::ZERO);
+        }
+    }
+}

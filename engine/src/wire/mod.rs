@@ -18,6 +18,8 @@ mod kind;
 pub mod message;
 #[cfg(test)]
 mod proptests;
+#[cfg(test)]
+mod rules_tests;
 
 pub use error::WireError;
 pub use frame::{Body, BodyLen, FRAME_HEADER_LEN, FrameHeader, decode_header, decode_slice, encode};

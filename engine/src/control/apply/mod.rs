@@ -7,6 +7,8 @@
 
 mod nodes;
 #[cfg(test)]
+mod refusal_tests;
+#[cfg(test)]
 mod tests;
 mod volumes;
 

@@ -9,6 +9,7 @@ use crate::types::{
     ReplicaReport, VolumeSettings,
 };
 
+use super::super::codec;
 use super::super::command::{Applied, ClusterOp, Command, Leadership, Prepared, RequestId};
 use super::super::fixture::{Cluster, VOL, member, record};
 use super::super::state::{ClusterState, NodeKind, TIMEOUT_MAX};
@@ -441,6 +442,8 @@ proptest! {
     #[test]
     fn random_commands_keep_the_invariants(steps in proptest::collection::vec(steps(), 1..80)) {
         let mut c = Cluster::new(&[1, 2, 4]);
+        // What a restart reads is what was.
+        let survives = |state: &ClusterState| codec::decode(&codec::encode(state).unwrap()).as_ref() == Ok(state);
         for (lineage, step) in (100u128..).zip(&steps) {
             let before = c.vol().clone();
             let op = op_of(&mut c, step, lineage);
@@ -461,5 +464,50 @@ proptest! {
                 prop_assert_eq!(&v.in_sync, &before.in_sync);
             }
         }
+        prop_assert!(survives(&c.state));
+    }
+
+    /// The model of what is remembered: by origin (a node, or one of its replicas), the last few results in
+    /// order. A request in it gets its result again and has no effect; any other is judged anew [R18].
+    #[test]
+    fn r18_a_retry_gets_its_result_while_it_is_remembered(
+        steps in proptest::collection::vec((1u64..3, 0u8..4, 0usize..12, 100u64..400), 1..300)
+    ) {
+        let mut c = Cluster::pair();
+        c.state.recent.clear();
+        let mut model: Remembered = Vec::new();
+        let mut number = 0;
+        for (node, volume, back, ms) in steps {
+            // One volume that exists, one that does not (its requests are the node's own), or none.
+            let volume = [None, None, Some(VOL), Some(crate::types::VolumeId(5))][usize::from(volume)];
+            number += 1;
+            let request = RequestId {
+                node: NodeId(node),
+                incarnation: member(node, 1).incarnation,
+                volume,
+                number: number - (back as u64).min(number - 1),
+            };
+            let op = ClusterOp::SetLease { lease: Duration::from_millis(ms) };
+            let (before, state) = (c.state.lease, c.state.recent.clone());
+            let applied = c.apply_as(request, op);
+            let origin = (node, volume.filter(|v| *v == VOL));
+            let most = if origin.1.is_some() { 4 } else { 64 };
+            if let Some((.., known)) = model.iter().find(|(_, id, _)| *id == request) {
+                prop_assert_eq!(&applied, known);
+                prop_assert_eq!((c.state.lease, &c.state.recent), (before, &state));
+                continue;
+            }
+            prop_assert!(applied.is_done() && c.state.lease == Duration::from_millis(ms));
+            model.push((origin, request, applied));
+            let of_origin: Vec<usize> = (0..model.len()).filter(|at| model[*at].0 == origin).collect();
+            if of_origin.len() > most {
+                model.remove(of_origin[0]);
+            }
+        }
+        let kept: usize = c.state.recent.values().map(std::collections::VecDeque::len).sum();
+        prop_assert_eq!(kept, model.len());
     }
 }
+
+/// Origin (node, and volume if a replica asked), request, result; oldest first.
+type Remembered = Vec<((u64, Option<crate::types::VolumeId>), RequestId, Applied)>;

@@ -392,3 +392,48 @@ enum Attempt {
     /// Something may have happened; try again.
     Uncertain(String),
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::state::{NodeAddrs, NodeKind};
+    use super::super::Founder;
+    use super::*;
+
+    fn options() -> ControlOptions {
+        let founder = |id| Founder {
+            id: NodeId(id),
+            name: format!("n{id}"),
+            kind: NodeKind::Data,
+            addrs: NodeAddrs::default(),
+        };
+        let listen = "127.0.0.1:7000".parse().unwrap();
+        let mut options = ControlOptions::new("/nowhere", NodeId(1), listen);
+        options.founders = vec![founder(1), founder(2)];
+        options
+    }
+
+    /// A cluster with such options would never be founded, or would elect without end.
+    #[test]
+    fn options_that_cannot_work_are_refused_before_anything_starts() {
+        check_options(&options()).unwrap();
+        let ms = Duration::from_millis;
+        let breaks: [(fn(&mut ControlOptions), &str); 7] = [
+            (|o| o.me = NodeId(3), "not among the nodes"),
+            (|o| o.founders[1].id = NodeId(1), "twice"),
+            (|o| o.lease = Duration::from_millis(1), "lease of 1ms"),
+            (|o| o.lease = Duration::from_secs(3600), "lease of 3600s"),
+            (|o| o.heartbeat = o.election.1, "timing does not fit"),
+            (|o| o.election.0 = o.election.1 * 2, "timing does not fit"),
+            (|o| o.renew = Duration::ZERO, "timing does not fit"),
+        ];
+        for (break_it, expected) in breaks {
+            let mut bad = options();
+            break_it(&mut bad);
+            let why = check_options(&bad).unwrap_err().to_string();
+            assert!(why.contains(expected), "{why:?} does not say {expected:?}");
+        }
+        let mut slow = options();
+        (slow.heartbeat, slow.election) = (ms(1000), (ms(5000), ms(9000)));
+        check_options(&slow).unwrap();
+    }
+}

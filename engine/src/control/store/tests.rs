@@ -8,6 +8,7 @@ use std::{fs, io};
 
 use openraft::entry::RaftEntry;
 use openraft::testing::{StoreBuilder, Suite};
+use proptest::prelude::*;
 use redb::{BackendError, StorageBackend};
 
 use crate::types::{ClusterId, LogIndex, Nanos, NodeId};
@@ -408,4 +409,73 @@ fn r13_a_store_that_was_rolled_back_damaged_or_mixed_up_is_refused() {
     assert!(matches!(open(dir.path(), NodeId(1)), Err(ControlError::Damaged { .. })));
     fs::remove_file(boot_path(dir.path())).unwrap();
     assert!(matches!(open(dir.path(), NodeId(1)), Err(ControlError::Damaged { .. })));
+}
+
+/// What the log does, on a disk that loses power with whatever was not synced.
+#[derive(Clone, Debug)]
+enum LogStep {
+    Append(u64, u64),
+    Truncate(u64),
+    Purge(u64),
+    Crash(u8),
+}
+
+fn log_step() -> impl Strategy<Value = LogStep> {
+    prop_oneof![
+        4 => (1u64..4, 1u64..6).prop_map(|(term, count)| LogStep::Append(term, count)),
+        2 => (1u64..12).prop_map(LogStep::Truncate),
+        2 => (0u64..4).prop_map(LogStep::Purge),
+        1 => any::<u8>().prop_map(LogStep::Crash),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// The model of the log is a map from index to term, and the last index that was purged.
+    #[test]
+    fn the_log_is_a_map_that_outlives_power_loss(
+        steps in proptest::collection::vec(log_step(), 1..25), range in (0u64..30, 0u64..30),
+    ) {
+        let identity = StoreIdentity { store: StoreId(1), node: NodeId(1) };
+        let backend = FaultBackend::default();
+        let mut db = Db::create_on(backend.clone(), identity).unwrap();
+        let (mut model, mut purged, mut next) = (BTreeMap::new(), None, 1);
+        for step in steps {
+            match step {
+                LogStep::Append(term, count) => {
+                    let batch: Vec<_> = (next..next + count).map(|index| entry(term, index)).collect();
+                    db.append(&batch).unwrap();
+                    model.extend((next..next + count).map(|index| (index, term)));
+                    next += count;
+                }
+                LogStep::Truncate(back) => {
+                    // Raft never truncates what it has purged.
+                    next = next.saturating_sub(back).max(purged.map_or(1, |id: LogId| id.index + 1));
+                    db.truncate(next).unwrap();
+                    model.retain(|index, _| *index < next);
+                }
+                LogStep::Purge(at) => if let Some((index, term)) = model.iter().nth(at as usize) {
+                    let id = log_id(*term, *index);
+                    db.purge(&id).unwrap();
+                    purged = Some(id);
+                    model.retain(|index, _| *index > id.index);
+                },
+                LogStep::Crash(keep) => {
+                    std::mem::forget(db);
+                    backend.0.lock().unwrap().crash(|at| keep & (1 << (at % 8)) != 0);
+                    db = Db::open_on(backend.clone()).unwrap();
+                }
+            }
+            let found = |entries: Vec<Entry>| -> BTreeMap<u64, u64> {
+                entries.iter().map(|e| (e.log_id.index, e.log_id.leader_id.term)).collect()
+            };
+            prop_assert_eq!(found(db.entries(..).unwrap()), model.clone());
+            let (from, to) = (range.0.min(range.1), range.0.max(range.1));
+            let part: BTreeMap<u64, u64> = model.range(from..to).map(|(i, t)| (*i, *t)).collect();
+            prop_assert_eq!(found(db.entries(from..to).unwrap()), part);
+            let last = model.last_key_value().map(|(index, term)| log_id(*term, *index));
+            prop_assert_eq!((db.last_entry().unwrap(), db.purged().unwrap()), (last, purged));
+        }
+    }
 }
