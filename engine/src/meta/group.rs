@@ -240,7 +240,7 @@ mod tests {
             pages in prop::collection::vec(prop::option::of(any::<(u64, u64)>()), PAGES_PER_GROUP),
         ) {
             let words = |(a, b): (u64, u64)| -> PageWords {
-                std::array::from_fn(|i| if i % 3 == 0 { a } else { b.rotate_left(i as u32) })
+                std::array::from_fn(|i| if i % 3 == 0 { a } else { b.rotate_left(u32::try_from(i).unwrap()) })
             };
             let pages: [Option<PageWords>; PAGES_PER_GROUP] = std::array::from_fn(|i| pages[i].map(words));
             let group = GroupBits::from_pages(len, &pages);

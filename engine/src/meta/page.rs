@@ -125,7 +125,7 @@ mod tests {
         fn any_page_comes_back_and_has_the_documented_layout(
             here in any_address(), seq in any::<u64>(), fill in any::<[u64; 4]>(),
         ) {
-            let words: PageWords = std::array::from_fn(|i| fill[i % 4].rotate_left(i as u32));
+            let words: PageWords = std::array::from_fn(|i| fill[i % 4].rotate_left(u32::try_from(i).unwrap()));
             let page = here.encode(seq, &words);
             prop_assert_eq!(here.decode(&page), Some((seq, words)));
             let mut expected = b"BRpg\x01\x00".to_vec();

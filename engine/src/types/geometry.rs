@@ -225,10 +225,10 @@ mod tests {
             let touched: BTreeSet<u64> = (offset..offset + len).map(|byte| byte / 4096).collect();
             let found = g.blocks_of(range);
             prop_assert!(g.contains_blocks(found) && g.all().count == blocks);
-            prop_assert_eq!(found.iter().map(|b| b.0).collect::<BTreeSet<_>>(), touched.clone());
+            prop_assert_eq!(&found.iter().map(|b| b.0).collect::<BTreeSet<_>>(), &touched);
             prop_assert_eq!(g.blocks_of(g.bytes_of(found)), found);
             let regions: BTreeSet<u64> = touched.iter().map(|block| block / 16).collect();
-            prop_assert_eq!(g.regions_of(found).map(|r| r.0).collect::<BTreeSet<_>>(), regions.clone());
+            prop_assert_eq!(&g.regions_of(found).map(|r| r.0).collect::<BTreeSet<_>>(), &regions);
             prop_assert_eq!(g.regions(), (0..blocks).map(|block| block / 16).max().unwrap() + 1);
             for region in regions {
                 let of_region: Vec<u64> = (0..blocks).filter(|block| block / 16 == region).collect();

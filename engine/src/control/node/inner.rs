@@ -415,9 +415,10 @@ mod tests {
     /// A cluster with such options would never be founded, or would elect without end.
     #[test]
     fn options_that_cannot_work_are_refused_before_anything_starts() {
+        type Break = (fn(&mut ControlOptions), &'static str);
         check_options(&options()).unwrap();
         let ms = Duration::from_millis;
-        let breaks: [(fn(&mut ControlOptions), &str); 7] = [
+        let breaks: [Break; 7] = [
             (|o| o.me = NodeId(3), "not among the nodes"),
             (|o| o.founders[1].id = NodeId(1), "twice"),
             (|o| o.lease = Duration::from_millis(1), "lease of 1ms"),
