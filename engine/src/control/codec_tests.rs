@@ -405,7 +405,8 @@ proptest! {
     /// value is one that can be written.
     #[test]
     fn forged_bodies_are_refused_or_can_be_written_again(
-        command in command(), edits in vec((any::<prop::sample::Index>(), any::<u8>()), 0..5), len in option::of(0usize..300),
+        command in command(), edits in vec((any::<prop::sample::Index>(), any::<u8>()), 0..5),
+        len in option::of(0usize..300),
     ) {
         let mut bytes = encode(&command).unwrap();
         bytes.resize(len.map_or(bytes.len(), |len| HEADER_LEN + len), 0x5a);

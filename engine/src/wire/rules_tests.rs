@@ -146,7 +146,9 @@ proptest! {
     }
 
     #[test]
-    fn flags_are_bits_from_the_least_significant_on(flags in vec(any::<bool>(), 0..40), bytes in vec(any::<u8>(), 0..4)) {
+    fn flags_are_bits_from_the_least_significant_on(
+        flags in vec(any::<bool>(), 0..40), bytes in vec(any::<u8>(), 0..4)
+    ) {
         let mut encoded = Vec::new();
         encode_bits(&flags, &mut encoded);
         prop_assert_eq!(encoded.len(), flags.len().div_ceil(8));
