@@ -85,7 +85,7 @@ impl Failover {
     #[cfg(test)]
     pub(super) fn age(&mut self, by: Duration) {
         for (_, since) in self.waiting.values_mut() {
-            *since = Nanos(since.0.saturating_sub(u64::try_from(by.as_nanos()).unwrap_or(u64::MAX)));
+            *since = since.before(by);
         }
     }
 

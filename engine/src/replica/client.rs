@@ -126,7 +126,7 @@ impl Replica {
     /// A failed replica that is the whole set has nobody to hand over to: its clients get an error,
     /// instead of waiting for ever.
     fn fail_requests_if_alone(&mut self) {
-        let alone = self.config.as_ref().is_some_and(|c| c.in_sync == [self.me]);
+        let alone = self.is_only_member();
         let Some(primary) = &mut self.primary else { return };
         if !alone || (primary.ops.is_empty() && primary.held.is_empty()) {
             return;

@@ -31,7 +31,7 @@ impl Replica {
         }
         self.follow_replicas(&config);
         if config.in_sync.contains(&self.me) && !self.belongs_to(&config) {
-            let next = if config.in_sync == [self.me] {
+            let next = if self.is_only_member() {
                 "no other copy is in sync: promote another replica by force, then restart the node"
             } else {
                 "restart the node, it will be resynced"

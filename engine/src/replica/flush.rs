@@ -30,9 +30,6 @@ impl Replica {
             Some(Stage::Solo(ticket)) => flusher.redeemed(ticket),
             _ => false,
         };
-        if primary.solo_queue.is_empty() {
-            return;
-        }
         let done: Vec<OpId> = primary.solo_queue.iter().copied().filter(stable).collect();
         if done.is_empty() {
             return;
@@ -66,10 +63,17 @@ impl Replica {
     pub(super) fn tell_stable(&mut self, drain: bool) {
         let Some(primary) = &self.primary else { return };
         let Some(through) = primary.stable else { return };
-        let (reign, nodes) = (primary.reign, primary.acks.keys().copied().collect::<NodeSet>());
+        let reign = primary.reign;
+        self.send_to_acks(&PeerMsg::Stable { reign, through, drain });
+    }
+
+    /// Sends to those of the ack set that follow this reign.
+    fn send_to_acks(&mut self, msg: &PeerMsg) {
+        let Some(primary) = &self.primary else { return };
+        let nodes: NodeSet = primary.acks.keys().copied().collect();
         for node in nodes.iter() {
             if let Some(session) = self.reported_session(node) {
-                self.send(session, PeerMsg::Stable { reign, through, drain });
+                self.send(session, msg.clone());
             }
         }
     }
@@ -107,12 +111,7 @@ impl Replica {
         let (local, now) = (self.flusher.request(), self.now);
         let Some(primary) = &mut self.primary else { return };
         primary.round = Some(Round { id, through, local, started: now, waiting, ops });
-        let nodes: NodeSet = primary.acks.keys().copied().collect();
-        for node in nodes.iter() {
-            if let Some(session) = self.reported_session(node) {
-                self.send(session, PeerMsg::Flush { reign, id });
-            }
-        }
+        self.send_to_acks(&PeerMsg::Flush { reign, id });
     }
 
     pub(super) fn flush_acked(&mut self, node: NodeId, id: u64) {
@@ -141,7 +140,7 @@ impl Replica {
     fn idle_before(&self) -> Nanos {
         let busy = self.now.since(self.intents.touched()) < INTENT_IDLE;
         let idle = if busy { INTENT_IDLE_BUSY } else { INTENT_IDLE };
-        Nanos(self.now.0.saturating_sub(u64::try_from(idle.as_nanos()).unwrap_or(u64::MAX)))
+        self.now.before(idle)
     }
 
     /// Clears the intent regions that may go [R5]: only as a named member, only what is stable on all of

@@ -86,7 +86,7 @@ impl Replica {
     /// # Errors
     /// A sentence that says why this can't be done now.
     pub fn begin_move(&mut self, now: Nanos, to: NodeId) -> Result<(), String> {
-        self.advance(now);
+        self.advance(now, true);
         let member = self
             .config
             .as_ref()
@@ -106,7 +106,7 @@ impl Replica {
     /// # Errors
     /// A sentence that says why this can't be done now.
     pub fn begin_demote(&mut self, now: Nanos) -> Result<(), String> {
-        self.advance(now);
+        self.advance(now, true);
         self.begin_hold(None)
     }
 
@@ -180,7 +180,7 @@ impl Replica {
     /// Begins a clean stop: requests drain, everything is flushed, the superblock is marked. Ends with
     /// [`Output::Stopped`].
     pub fn begin_stop(&mut self, now: Nanos) {
-        self.advance(now);
+        self.advance(now, true);
         if self.stop.is_no() {
             self.stop = Stop::Draining { until: now.after(STOP_FLUSH_MAX) };
         }

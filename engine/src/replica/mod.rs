@@ -236,8 +236,7 @@ impl Replica {
 
     /// A request of a client, or the end of its connection.
     pub fn handle_client(&mut self, now: Nanos, input: ClientInput) {
-        self.advance(now);
-        self.news |= matches!(input, ClientInput::Closed(_));
+        self.advance(now, matches!(input, ClientInput::Closed(_)));
         match input {
             ClientInput::Request(request) => self.client_request(request),
             ClientInput::Closed(conn) => self.client_closed(conn),
@@ -247,22 +246,14 @@ impl Replica {
 
     /// A disk operation has completed.
     pub fn handle_disk(&mut self, now: Nanos, done: DiskDone) {
-        self.advance(now);
+        self.advance(now, false);
         self.disk_done(done);
         self.maintain();
     }
 
     /// Something came from a peer.
     pub fn handle_peer(&mut self, now: Nanos, input: PeerInput) {
-        self.advance(now);
-        let routine = |msg: &PeerMsg| {
-            use PeerMsg::{Flush, FlushAck, Ping, Pong, Stable, Write, WriteAck};
-            matches!(
-                msg,
-                Write { .. } | WriteAck { .. } | Flush { .. } | FlushAck { .. } | Stable { .. } | Ping | Pong
-            )
-        };
-        self.news |= !matches!(&input, PeerInput::Msg(_, msg) if routine(msg));
+        self.advance(now, !input.is_routine());
         match input {
             PeerInput::Up { session, node, incarnation } => self.session_up(session, node, incarnation),
             PeerInput::Down(session) => self.session_down(session),
@@ -273,32 +264,28 @@ impl Replica {
 
     /// A committed config, from the control plane.
     pub fn handle_config(&mut self, now: Nanos, config: ConfigView) {
-        self.advance(now);
-        self.news = true;
+        self.advance(now, true);
         self.adopt_config(config);
         self.maintain();
     }
 
     /// A lease for this volume was granted or prolonged.
     pub fn handle_lease(&mut self, now: Nanos, lease: Lease) {
-        self.advance(now);
-        self.news = true;
+        self.advance(now, true);
         self.lease = Some(lease);
         self.maintain();
     }
 
     /// What became of a proposal.
     pub fn handle_proposal(&mut self, now: Nanos, id: ProposalId, outcome: ProposalOutcome) {
-        self.advance(now);
-        self.news = true;
+        self.advance(now, true);
         self.proposal_outcome(id, outcome);
         self.maintain();
     }
 
     /// Time has passed; wanted at [`Replica::poll_deadline`].
     pub fn handle_tick(&mut self, now: Nanos) {
-        self.advance(now);
-        self.news = true;
+        self.advance(now, true);
         if self.next_tick <= now {
             self.next_tick = now.after(TICK);
             self.tick();
@@ -321,7 +308,9 @@ impl Replica {
 
     // Inside.
 
-    fn advance(&mut self, now: Nanos) {
+    /// Takes the time of an input. `news`: the input is not a request's ordinary progress.
+    fn advance(&mut self, now: Nanos, news: bool) {
+        self.news |= news;
         assert!(now >= self.now, "time went back from {} to {}", self.now.0, now.0);
         self.now = now;
     }
@@ -427,6 +416,11 @@ impl Replica {
     /// True if the committed config names this very run of this process as a member.
     fn is_member(&self) -> bool {
         self.config.as_ref().is_some_and(|c| c.in_sync.contains(&self.me))
+    }
+
+    /// True if the committed config names this very run of this process and nobody else as a member.
+    fn is_only_member(&self) -> bool {
+        self.config.as_ref().is_some_and(|c| c.in_sync == [self.me])
     }
 
     /// True if the superblock that belongs to the config is durable: only then is a new reign, epoch or

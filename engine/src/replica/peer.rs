@@ -9,7 +9,7 @@ use crate::types::{Incarnation, LogIndex, Member, Nanos, NodeId, Reign, ReplicaS
 use crate::wire::{Payload, PeerMsg, PeerReport, Run, RunsKind, SessionId};
 
 use super::Replica;
-use super::io::{Event, Output};
+use super::io::{Event, Output, PeerInput};
 
 /// Most runs of a peer's list that are kept while it arrives: one per region of the largest volume.
 const RUNS_MAX: usize = 1 << 22;
@@ -79,6 +79,20 @@ impl Peer {
         self.report = None;
         self.intents.clear();
         self.foreign.clear();
+    }
+}
+
+impl PeerInput {
+    /// Only a request's ordinary progress hangs on it.
+    pub(super) fn is_routine(&self) -> bool {
+        use PeerMsg::{Flush, FlushAck, Ping, Pong, Stable, Write, WriteAck};
+        matches!(
+            self,
+            Self::Msg(
+                _,
+                Write { .. } | WriteAck { .. } | Flush { .. } | FlushAck { .. } | Stable { .. } | Ping | Pong
+            )
+        )
     }
 }
 

@@ -138,7 +138,7 @@ impl Replica {
         }
         op.stage = Stage::Repair;
         op.repair = Some(Repair::new(blocks, None));
-        let (blocks, shared) = (op.blocks, op.lock.take().expect("a read holds its lock"));
+        let shared = op.lock.take().expect("a read holds its lock");
         let let_in = primary.locks.release(shared);
         let (lock, granted) = primary.locks.acquire(blocks, true, LockOwner::Op(id));
         if let Some(op) = primary.ops.get_mut(&id) {
@@ -179,7 +179,7 @@ impl Replica {
     /// What was mended is unreadable again: this disk does not keep what it is given, which is no better than
     /// one that cannot be written. Another member has the content; the client is not told an error for it.
     fn not_kept(&mut self, id: OpId, repair: Repair) {
-        let alone = self.config.as_ref().is_some_and(|c| c.in_sync == [self.me]);
+        let alone = self.is_only_member();
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.get_mut(&id).expect("the request of a repair exists");
         op.stage = Stage::Repair;

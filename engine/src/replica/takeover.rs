@@ -40,9 +40,6 @@ impl Replica {
     }
 
     pub(super) fn pump_takeover(&mut self) {
-        if self.primary.as_ref().is_none_or(|p| p.serving()) {
-            return;
-        }
         let usable = self.config_usable();
         let others = self.other_members();
         let Some(primary) = &mut self.primary else { return };

@@ -307,7 +307,7 @@ impl Replica {
     }
 
     pub(super) fn local_write_done(&mut self, seq: WriteSeq, result: Result<DiskResult, DiskErrorKind>) {
-        let alone = self.config.as_ref().is_some_and(|c| c.in_sync == [self.me]);
+        let alone = self.is_only_member();
         let Some(primary) = &mut self.primary else { return };
         let Some(part) = primary.parts.get_mut(&seq) else { return };
         match result {

@@ -206,7 +206,7 @@ impl LeaseTable {
     /// is over is as if it had never been.
     #[cfg(test)]
     pub(in super::super) fn age(&mut self, now: Nanos, by: Duration) {
-        self.since = super::older(self.since, by);
+        self.since = self.since.before(by);
         let untils = self.grants.values_mut().map(|g| &mut g.until);
         for until in untils.chain(self.frozen.values_mut()) {
             *until = super::older_until(*until, now, by);

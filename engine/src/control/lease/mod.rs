@@ -35,16 +35,10 @@ pub fn with_drift(length: Duration) -> Duration {
     length + length / 100
 }
 
-/// A point in time `by` further in the past.
-#[cfg(test)]
-fn older(at: Nanos, by: Duration) -> Nanos {
-    Nanos(at.0.saturating_sub(u64::try_from(by.as_nanos()).unwrap_or(u64::MAX)))
-}
-
-/// The same for the end of a lease; one that is over by `now` has no time any more.
+/// The end of a lease `by` further in the past; one that is over by `now` has no time any more.
 #[cfg(test)]
 fn older_until(until: Nanos, now: Nanos, by: Duration) -> Nanos {
-    Some(older(until, by)).filter(|until| *until > now).unwrap_or_default()
+    Some(until.before(by)).filter(|until| *until > now).unwrap_or_default()
 }
 
 /// The leader's answer to a renewal.

@@ -108,7 +108,7 @@ impl NodeLease {
     #[cfg(test)]
     pub(in super::super) fn age(&mut self, now: Nanos, by: std::time::Duration) {
         if let Some((_, sent)) = &mut self.sent {
-            *sent = super::older(*sent, by);
+            *sent = sent.before(by);
         }
         let pending = self.pending.iter_mut().map(|(_, snapshot)| snapshot);
         for snapshot in pending.chain([&mut self.current]) {
