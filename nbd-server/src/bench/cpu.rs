@@ -1,9 +1,11 @@
 //! CPU time that processes have used, from `/proc`.
 //!
 //! `/proc/PID/task/*/schedstat` counts nanoseconds, but only of threads that are there; `/proc/PID/stat`
-//! counts threads that have ended, too, but in clock ticks. A difference is taken from the first, unless
-//! the second has moved on by more than its own coarseness further.
+//! counts threads that have ended, too, but in clock ticks. A difference is taken from the first, thread by
+//! thread, so that the end of one takes nothing off what the others have used; unless the second has moved on
+//! by more than its own coarseness further.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
@@ -18,9 +20,10 @@ const TICKS_COARSE: u64 = 4;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct CpuSample(Vec<ProcessSample>);
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct ProcessSample {
-    nanos: Option<u64>,
+    /// Nanoseconds by thread; none where the kernel does not count them.
+    threads: BTreeMap<u32, u64>,
     ticks: u64,
 }
 
@@ -62,12 +65,13 @@ impl CpuSample {
 impl ProcessSample {
     fn since(&self, before: &Self) -> Duration {
         let ticks = self.ticks.saturating_sub(before.ticks);
-        let nanos = self.nanos.zip(before.nanos).map(|(now, before)| now.saturating_sub(before));
+        let used = |(thread, now): (&u32, &u64)| {
+            now.saturating_sub(before.threads.get(thread).copied().unwrap_or(0))
+        };
+        let nanos: u64 = self.threads.iter().map(used).sum();
         let nanos_of = |ticks: u64| ticks * (1_000_000_000 / TICKS_PER_SECOND);
-        Duration::from_nanos(match nanos {
-            Some(nanos) if nanos >= nanos_of(ticks.saturating_sub(TICKS_COARSE)) => nanos,
-            _ => nanos_of(ticks),
-        })
+        let is_whole = !self.threads.is_empty() && nanos >= nanos_of(ticks.saturating_sub(TICKS_COARSE));
+        Duration::from_nanos(if is_whole { nanos } else { nanos_of(ticks) })
     }
 }
 
@@ -75,7 +79,7 @@ fn sample_of(pid: u32) -> Result<ProcessSample, NbdError> {
     let gone = || NbdError::Usage(format!("no process {pid} whose CPU time could be read"));
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|_| gone())?;
     let ticks = ticks_in(&stat).ok_or_else(gone)?;
-    Ok(ProcessSample { nanos: nanos_of(pid), ticks })
+    Ok(ProcessSample { threads: threads_of(pid), ticks })
 }
 
 /// Children of a process; none where the kernel does not list them.
@@ -93,15 +97,17 @@ fn ticks_in(stat: &str) -> Option<u64> {
     Some(user + system)
 }
 
-/// Time of all threads that are there; `None` where the kernel does not count it.
-fn nanos_of(pid: u32) -> Option<u64> {
-    let mut sum = 0;
-    for task in fs::read_dir(format!("/proc/{pid}/task")).ok()? {
+/// Time of each thread that is there, but for those that have used none.
+fn threads_of(pid: u32) -> BTreeMap<u32, u64> {
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return BTreeMap::new() };
+    let time_of = |task: std::io::Result<fs::DirEntry>| {
+        let task = task.ok()?;
+        let thread = task.file_name().to_str()?.parse().ok()?;
         // A thread may end while the list is read.
-        let Ok(text) = fs::read_to_string(task.ok()?.path().join("schedstat")) else { continue };
-        sum += text.split_whitespace().next()?.parse::<u64>().ok()?;
-    }
-    (sum > 0).then_some(sum)
+        let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
+        Some((thread, text.split_whitespace().next()?.parse().ok()?))
+    };
+    tasks.filter_map(time_of).filter(|(_, nanos)| *nanos > 0).collect()
 }
 
 #[cfg(test)]
@@ -117,13 +123,20 @@ mod tests {
 
     #[test]
     fn the_time_of_threads_that_ended_is_not_lost() {
-        let before = ProcessSample { nanos: Some(5_000_000), ticks: 10 };
-        let fine = ProcessSample { nanos: Some(25_000_000), ticks: 12 };
+        let sample = |threads: &[(u32, u64)], ticks| ProcessSample {
+            threads: threads.iter().copied().collect(),
+            ticks,
+        };
+        let before = sample(&[(1, 5_000_000)], 10);
+        let fine = sample(&[(1, 25_000_000)], 12);
         assert_eq!(fine.since(&before), Duration::from_millis(20));
-        let ended = ProcessSample { nanos: Some(6_000_000), ticks: 110 };
+        let ended = sample(&[(1, 6_000_000)], 110);
         assert_eq!(ended.since(&before), Duration::from_secs(1));
-        let coarse = ProcessSample { nanos: None, ticks: 12 };
+        let coarse = sample(&[], 12);
         assert_eq!(coarse.since(&before), Duration::from_millis(20));
+        // What one had used before it ended is nothing that the others have not.
+        let two = sample(&[(1, 5_000_000), (2, 300_000_000)], 10);
+        assert_eq!(sample(&[(1, 8_000_000), (3, 1_000_000)], 10).since(&two), Duration::from_millis(4));
     }
 
     #[test]
