@@ -5,34 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::*;
-use crate::meta::SUPERBLOCKS_END;
-use crate::types::{
-    ClusterId, Epoch, Geometry, Incarnation, LineageId, NodeId, Reign, SuperblockTrust, VolumeId,
-};
-use crate::wire::BaseContent;
+use crate::meta::{SUPERBLOCKS_END, blank};
+use crate::types::{Geometry, SuperblockTrust, VolumeId};
 
 const OTHERS: [ReplicaSlot; 2] = [ReplicaSlot(0), ReplicaSlot(4)];
 
 fn superblock() -> Superblock {
-    Superblock {
-        cluster: ClusterId(1),
-        volume: VolumeId(2),
-        node: NodeId(3),
-        slot: ReplicaSlot(1),
-        geometry: Geometry::new(200 << 20, 4096, 1 << 20).unwrap(),
-        seq: 0,
-        epoch: Epoch(1),
-        reign: Reign(1),
-        lineage: LineageId(4),
-        member: None,
-        chain: Vec::new(),
-        current: Incarnation { boot: 1, nonce: 5 },
-        os_boot: 6,
-        inconsistent: None,
-        base: BaseContent::Zero,
-        identity: crate::meta::DataIdentity([7; 32]),
-        clean: None,
-    }
+    blank(ReplicaSlot(1), Geometry::new(200 << 20, 4096, 1 << 20).unwrap())
 }
 
 /// A sparse file: 4096-byte pieces by offset.

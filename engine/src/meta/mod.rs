@@ -32,6 +32,8 @@ mod superblock;
 pub use bitmap::{PagedBitmap, RunOutside};
 pub use image::{Image, ImageError, ReadAt};
 pub use layout::{Area, AreaLayout, GROUP_BITS, Layout, META_GROUP_LEN, META_PAGE_LEN, PAGES_PER_GROUP};
+#[cfg(test)]
+pub(crate) use superblock::tests::blank;
 pub use superblock::{
     CHAIN_MAX, CleanMark, DataIdentity, SUPERBLOCK_LEN, SUPERBLOCK_VERSION, SUPERBLOCKS_END, Superblock,
     SuperblockCopy, SuperblockError, read_pair,

@@ -500,4 +500,4 @@ fn u128_at(bytes: &[u8; SUPERBLOCK_LEN], at: usize) -> u128 {
 
 #[cfg(test)]
 #[path = "superblock_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -31,6 +31,29 @@ pub(crate) fn sample() -> Superblock {
     }
 }
 
+/// Of a replica that was just made.
+pub(crate) fn blank(slot: ReplicaSlot, geometry: Geometry) -> Superblock {
+    Superblock {
+        cluster: ClusterId(1),
+        volume: VolumeId(2),
+        node: NodeId(3),
+        slot,
+        geometry,
+        seq: 0,
+        epoch: Epoch(1),
+        reign: Reign(1),
+        lineage: LineageId(4),
+        member: None,
+        chain: Vec::new(),
+        current: Incarnation { boot: 1, nonce: 5 },
+        os_boot: 6,
+        inconsistent: None,
+        base: BaseContent::Zero,
+        identity: DataIdentity([7; 32]),
+        clean: None,
+    }
+}
+
 fn pair(a: &Superblock, b: &Superblock) -> [[u8; SUPERBLOCK_LEN]; 2] {
     [a.encode(A), b.encode(B)]
 }

@@ -10,9 +10,8 @@ use std::convert::Infallible;
 use proptest::prelude::*;
 
 use super::*;
-use crate::meta::{DataIdentity, GROUP_BITS, META_GROUP_LEN, SuperblockCopy};
-use crate::types::{ClusterId, Epoch, Geometry, Incarnation, LineageId, NodeId, Reign, VolumeId};
-use crate::wire::BaseContent;
+use crate::meta::{GROUP_BITS, META_GROUP_LEN, SuperblockCopy, blank};
+use crate::types::{Epoch, Geometry};
 
 /// A store with its file and the writes that are under way.
 pub(in super::super) struct Rig {
@@ -25,26 +24,7 @@ pub(in super::super) struct Rig {
 impl Rig {
     /// A replica that was just made: everything clear, and durable.
     pub(in super::super) fn new(geometry: Geometry, slots: &[ReplicaSlot]) -> Self {
-        let superblock = Superblock {
-            cluster: ClusterId(1),
-            volume: VolumeId(2),
-            node: NodeId(3),
-            slot: ReplicaSlot(7),
-            geometry,
-            seq: 0,
-            epoch: Epoch(1),
-            reign: Reign(1),
-            lineage: LineageId(4),
-            member: None,
-            chain: Vec::new(),
-            current: Incarnation { boot: 1, nonce: 5 },
-            os_boot: 6,
-            inconsistent: None,
-            base: BaseContent::Zero,
-            identity: DataIdentity([7; 32]),
-            clean: None,
-        };
-        let mut image = Image::fresh(superblock, slots, true);
+        let mut image = Image::fresh(blank(ReplicaSlot(7), geometry), slots, true);
         let file = image.encode_all().collect();
         Self { store: MetaStore::new(image), flights: Vec::new(), file, slots: slots.to_vec() }
     }
