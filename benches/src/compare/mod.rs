@@ -173,7 +173,7 @@ fn chosen_jobs(only: &[String]) -> Vec<NamedJob> {
 
 /// Servers whose name one of the words is part of; all if the words name jobs only.
 fn is_wanted(name: &str, only: &[String]) -> bool {
-    let names_servers = |word: &&String| subject::NAMES.iter().any(|known| known.contains(word.as_str()));
+    let names_servers = |word: &&String| subject::names().any(|known| known.contains(word.as_str()));
     let words: Vec<&String> = only.iter().filter(names_servers).collect();
     words.is_empty() || words.iter().any(|word| name.contains(word.as_str()))
 }
@@ -209,9 +209,8 @@ fn start_all(dir: &TempDir, options: &CompareOptions) -> Vec<Subject> {
 
 /// The directory is what the place says, and has room.
 fn check_base(place: Place, base: &Path, size: u64) -> Result<()> {
-    const TMPFS_MAGIC: u64 = 0x0102_1994;
     let stat = rustix::fs::statfs(base).with_context(|| format!("look at {}", base.display()))?;
-    let is_tmpfs = stat.f_type as u64 == TMPFS_MAGIC;
+    let is_tmpfs = stat.f_type == libc::TMPFS_MAGIC;
     if is_tmpfs != (place == Place::Tmpfs) {
         let is = if is_tmpfs { "is" } else { "is not" };
         bail!("{} {is} a tmpfs; name another with --{}-dir", base.display(), place.word());

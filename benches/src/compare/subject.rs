@@ -21,19 +21,9 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
 /// All servers, in the order of the table.
-pub(super) const NAMES: [&str; 11] = [
-    own::FLOOR_NAMES[0],
-    own::FLOOR_NAMES[1],
-    own::FLOOR_NAMES[2],
-    own::BLKREPL_NAMES[0],
-    own::BLKREPL_NAMES[1],
-    own::BLKREPL_NAMES[2],
-    peers::NAMES[0],
-    peers::NAMES[1],
-    peers::NAMES[2],
-    peers::NAMES[3],
-    peers::NAMES[4],
-];
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    own::FLOOR_NAMES.into_iter().chain(own::BLKREPL_NAMES).chain(peers::NAMES)
+}
 
 pub(super) struct Subject {
     pub(super) name: &'static str,

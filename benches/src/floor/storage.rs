@@ -7,9 +7,6 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use rustix::fs::{Mode, OFlags};
 
-/// File system number of tmpfs.
-const TMPFS_MAGIC: u64 = 0x0102_1994;
-
 pub(super) struct Storage {
     fd: OwnedFd,
     size: u64,
@@ -27,7 +24,7 @@ impl Storage {
         let file = File::from(fd);
         let size = file.metadata().with_context(|| format!("look at {}", path.display()))?.len();
         let kind = rustix::fs::fstatfs(&file).context("ask for the file system")?.f_type;
-        Ok(Self { fd: file.into(), size, in_memory: kind as u64 == TMPFS_MAGIC })
+        Ok(Self { fd: file.into(), size, in_memory: kind == libc::TMPFS_MAGIC })
     }
 
     pub(super) fn size(&self) -> u64 {

@@ -568,8 +568,7 @@ fn finish(file: File, path: &Path) -> Result<OpenFile, OpenError> {
 /// device and would hand each request to a thread, which costs more than the copy; the flag, which means
 /// nothing to a regular file otherwise, makes it try first. Not for other file systems: they may wait.
 fn run_in_place(fd: &OwnedFd) -> io::Result<()> {
-    const TMPFS_MAGIC: i64 = 0x0102_1994;
-    if rustix::fs::fstatfs(fd)?.f_type as i64 == TMPFS_MAGIC {
+    if rustix::fs::fstatfs(fd)?.f_type == libc::TMPFS_MAGIC {
         let flags = rustix::fs::fcntl_getfl(fd)?;
         rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK)?;
     }

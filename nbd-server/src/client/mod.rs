@@ -175,10 +175,15 @@ struct Reading {
 /// # Errors
 /// As [`NbdClient::connect`].
 pub fn connect_raw(uri: &NbdUri, options: ClientOptions) -> Result<(OwnedFd, ExportFacts), NbdError> {
+    let (sock, facts) = open(uri, options)?;
+    Ok((sock.into_fd(), facts))
+}
+
+fn open(uri: &NbdUri, options: ClientOptions) -> Result<(Sock, ExportFacts), NbdError> {
     let deadline = deadline_after(options.connect_timeout);
     let sock = Sock::connect(&uri.target, deadline)?;
     let facts = handshake::go(&sock, &uri.export, deadline)?;
-    Ok((sock.into_fd(), facts))
+    Ok((sock, facts))
 }
 
 impl NbdClient {
@@ -188,9 +193,7 @@ impl NbdClient {
     /// [`NbdError::Refused`] with the server's text if it does not serve the export; otherwise what went
     /// wrong on the way.
     pub fn connect(uri: &NbdUri, options: ClientOptions) -> Result<Self, NbdError> {
-        let deadline = deadline_after(options.connect_timeout);
-        let sock = Sock::connect(&uri.target, deadline)?;
-        let facts = handshake::go(&sock, &uri.export, deadline)?;
+        let (sock, facts) = open(uri, options)?;
         Ok(Self {
             sock,
             facts,
