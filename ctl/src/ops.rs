@@ -264,10 +264,26 @@ fn done(node: &Node, volume: VolumeId, text: String) -> Done {
 }
 
 async fn submit(node: &Node, op: ClusterOp) -> Result<Applied, String> {
+    try_submit(node, op).await.map_err(|unsuccessful| unsuccessful.why)
+}
+
+/// Why a change was not seen to happen.
+struct Unsuccessful {
+    /// It has not happened and will not; else nobody knows.
+    certain: bool,
+    why: String,
+}
+
+async fn try_submit(node: &Node, op: ClusterOp) -> Result<Applied, Unsuccessful> {
     match node.control.submit(op).await {
-        Ok(Applied::Refused(reason)) | Err(SubmitError::Refused(reason)) => Err(reason),
+        Ok(Applied::Refused(why)) | Err(SubmitError::Refused(why)) => {
+            Err(Unsuccessful { certain: true, why })
+        }
         Ok(applied) => Ok(applied),
-        Err(unknown) => Err(format!("{unknown}; a quorum of nodes has to run")),
+        Err(unknown) => {
+            let why = format!("{unknown}; a quorum of nodes has to run");
+            Err(Unsuccessful { certain: false, why })
+        }
     }
 }
 
@@ -616,28 +632,33 @@ async fn force_promote(
             node.failure(record.id).unwrap_or_else(|| "it is not open yet; try again".to_string())
         )
     })?;
-    let status = handle.status();
-    if let Some(failure) = &status.failure {
-        return Err(format!("the replica of {name} on {my_name} failed ({failure}); it cannot be promoted"));
-    }
-    if status.report.inconsistent && !discard_inconsistent {
-        return Err(format!(
-            "a resync into {my_name} began and did not end: its content is a mix of old and new and no \
-            state that {name} ever had. {loss}. Only if no other copy is left: add --discard-inconsistent"
-        ));
-    }
+    let (reply, judged) = tokio::sync::oneshot::channel();
+    handle.begin_force(discard_inconsistent, move |result| {
+        // Nobody waits any more if the caller is gone.
+        let _late = reply.send(result);
+    });
+    let ended = || format!("the volume's thread on {my_name} has ended");
+    let report = judged.await.map_err(|_| ended())?;
+    let report = report.map_err(|why| format!("{name} on {my_name} cannot be promoted: {why}. {loss}"))?;
     let op = ClusterOp::ForcePromote {
         volume: record.id,
         expected_epoch: record.epoch,
         to: node.me(),
         lineage: LineageId(random_id()?),
-        fork_epoch: record.shared_epoch(&status.report),
+        fork_epoch: record.shared_epoch(&report),
     };
     let text = format!(
         "{my_name} is primary of {name} by force, in a new lineage; {}",
         loss.replacen("--force would discard", "discarded:", 1)
     );
-    commit_promotion(node, record, op, text).await
+    if let Err(unsuccessful) = try_submit(node, op).await {
+        // If nobody knows, a newer epoch ends it, or time.
+        if unsuccessful.certain {
+            handle.end_force();
+        }
+        return Err(unsuccessful.why);
+    }
+    promoted(node, record, text).await
 }
 
 async fn commit_promotion(
@@ -646,8 +667,13 @@ async fn commit_promotion(
     op: ClusterOp,
     text: String,
 ) -> Result<Done, String> {
-    let me = node.config.id;
     submit(node, op).await?;
+    promoted(node, record, text).await
+}
+
+/// Waits until a promotion of this node that was applied shows here.
+async fn promoted(node: &Arc<Node>, record: &VolumeRecord, text: String) -> Result<Done, String> {
+    let me = node.config.id;
     if !wait_for(node, record.id, CHANGE_TIMEOUT, |v| v.primary.is_some_and(|p| p.node == me)).await {
         return Err(not_shown(&record.name, "the promotion"));
     }

@@ -159,8 +159,9 @@ pub struct Superblock {
     /// Incarnation under which it was last a member of the in-sync set, if its content continues from
     /// there.
     pub member: Option<Incarnation>,
-    /// Runs that opened this replica after `member` and went on from its content, oldest first, at most
-    /// [`CHAIN_MAX`]: a set that names one of them means this content, too [R6].
+    /// Runs that opened this replica after `member` (or, if it was never a member's, at all) and went on from
+    /// its content, oldest first, at most [`CHAIN_MAX`]: a set that names one of them means this content,
+    /// too [R6, R17].
     pub chain: Vec<Incarnation>,
     /// The run that wrote this.
     pub current: Incarnation,

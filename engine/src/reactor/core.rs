@@ -1,7 +1,7 @@
 //! What the reactor drives: the sans-IO core of one volume.
 
 use crate::replica::{ClientInput, DiskDone, Lease, Output, PeerInput, Replica};
-use crate::types::{ConfigView, Nanos, NodeId, ProposalId, ProposalOutcome, ReplicaStatus};
+use crate::types::{ConfigView, Nanos, NodeId, ProposalId, ProposalOutcome, ReplicaReport, ReplicaStatus};
 
 /// The sans-IO core as its driver sees it. It lives on the volume's thread alone, so it need not be
 /// `Send`. Every `now` is read from the clock after the input that comes with it was reaped [R27], and
@@ -31,6 +31,14 @@ pub trait Core {
     /// # Errors
     /// Why it cannot, and what to do.
     fn begin_demote(&mut self, now: Nanos) -> Result<(), String>;
+    /// Keeps the copy as it is for a forced promotion, and says what it is. `discard_inconsistent`: also one that a
+    /// resync left half done.
+    ///
+    /// # Errors
+    /// Why it cannot be promoted, and what to do.
+    fn begin_force(&mut self, now: Nanos, discard_inconsistent: bool) -> Result<ReplicaReport, String>;
+    /// Nothing came of the force.
+    fn end_force(&mut self, now: Nanos);
     /// Begins a clean stop, which ends with [`Output::Stopped`].
     fn begin_stop(&mut self, now: Nanos);
     /// The next thing to be done.
@@ -69,6 +77,12 @@ impl Core for Replica {
     }
     fn begin_demote(&mut self, now: Nanos) -> Result<(), String> {
         Self::begin_demote(self, now)
+    }
+    fn begin_force(&mut self, now: Nanos, discard_inconsistent: bool) -> Result<ReplicaReport, String> {
+        Self::begin_force(self, now, discard_inconsistent)
+    }
+    fn end_force(&mut self, now: Nanos) {
+        Self::end_force(self, now);
     }
     fn begin_stop(&mut self, now: Nanos) {
         Self::begin_stop(self, now);

@@ -17,7 +17,8 @@ use rustix::event::EventfdFlags;
 
 use crate::replica::{Event, Lease};
 use crate::types::{
-    ConfigView, Incarnation, Nanos, NodeId, Proposal, ProposalId, ProposalOutcome, ReplicaStatus,
+    ConfigView, Incarnation, Nanos, NodeId, Proposal, ProposalId, ProposalOutcome, ReplicaReport,
+    ReplicaStatus,
 };
 
 use super::client::ClientProtocol;
@@ -76,6 +77,9 @@ impl ReactorOptions {
 /// The answer to an operator's command. Called once, on the volume's thread: must not wait.
 pub type CommandReply = Box<dyn FnOnce(Result<(), String>) + Send>;
 
+/// The answer to [`VolumeHandle::begin_force`]. Called once, on the volume's thread: must not wait.
+pub type ForceReply = Box<dyn FnOnce(Result<ReplicaReport, String>) + Send>;
+
 /// What other threads ask of a volume.
 pub(super) enum Command {
     Config(Box<ConfigView>),
@@ -85,6 +89,8 @@ pub(super) enum Command {
     Client { socket: OwnedFd, protocol: Box<dyn ClientProtocol>, name: String },
     Move(NodeId, CommandReply),
     Demote(CommandReply),
+    Force(bool, ForceReply),
+    EndForce,
     Stop,
 }
 
@@ -180,8 +186,11 @@ impl Shared {
 
 /// Answers a command that nobody will carry out; connections are closed by being dropped.
 fn refuse(command: Command, name: &str) {
-    if let Command::Move(_, reply) | Command::Demote(reply) = command {
-        reply(Err(format!("volume {name} is stopped on this node; start the node again")));
+    let stopped = format!("volume {name} is stopped on this node; start the node again");
+    match command {
+        Command::Move(_, reply) | Command::Demote(reply) => reply(Err(stopped)),
+        Command::Force(_, reply) => reply(Err(stopped)),
+        _ => {}
     }
 }
 
@@ -252,6 +261,21 @@ impl VolumeHandle {
     /// Begins to give the primary role up. `reply` as in [`Self::begin_move`].
     pub fn begin_demote(&self, reply: impl FnOnce(Result<(), String>) + Send + 'static) {
         self.send(Command::Demote(Box::new(reply)));
+    }
+
+    /// Keeps this copy as it is for a forced promotion that is about to be proposed, for 30 s at most; `reply` gets
+    /// what it is, or why it cannot be promoted. `discard_inconsistent`: also a copy that a resync left half done.
+    pub fn begin_force(
+        &self,
+        discard_inconsistent: bool,
+        reply: impl FnOnce(Result<ReplicaReport, String>) + Send + 'static,
+    ) {
+        self.send(Command::Force(discard_inconsistent, Box::new(reply)));
+    }
+
+    /// The force is refused: resyncs may begin again.
+    pub fn end_force(&self) {
+        self.send(Command::EndForce);
     }
 
     /// Begins a clean stop: flush, mark clean, close everything, end the thread.

@@ -39,7 +39,7 @@ pub use self::core::Core;
 pub use client::{ClientFrame, ClientProtocol, FrontOp, FrontRequest};
 pub use error::ReactorError;
 pub use handle::{
-    CONNECTIONS_WAITING_MAX, CommandReply, ReactorOptions, UNREAD_MAX, VolumeHandle, VolumeHooks,
+    CONNECTIONS_WAITING_MAX, CommandReply, ForceReply, ReactorOptions, UNREAD_MAX, VolumeHandle, VolumeHooks,
     boottime_now, spawn,
 };
 pub use open::{

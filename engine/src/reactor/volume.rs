@@ -262,6 +262,8 @@ impl<C: Core> Volume<C> {
             Command::Client { socket, protocol, name } => self.add_client(socket, protocol, name),
             Command::Move(to, reply) => reply(self.core.begin_move(now, to)),
             Command::Demote(reply) => reply(self.core.begin_demote(now)),
+            Command::Force(discard, reply) => reply(self.core.begin_force(now, discard)),
+            Command::EndForce => self.core.end_force(now),
             Command::Stop => self.core.begin_stop(now),
         }
         self.settle();

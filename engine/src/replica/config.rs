@@ -40,6 +40,13 @@ impl Replica {
                 "the config names this run as in sync, but its copy was made anew since; {next}"
             ));
         }
+        if config.in_sync == [self.me] && self.changed_since_force(&config) {
+            return self.fail(
+                "it was promoted by force, but a resync into it has begun since: its content is a mix of old and \
+                 new; promote another replica by force, or restart the node and add --discard-inconsistent"
+                    .into(),
+            );
+        }
         self.follow_membership(old.as_ref(), &config);
         self.record_config(&config);
         self.event(Event::ConfigFollowed { epoch: config.epoch, reign: config.reign });
@@ -55,9 +62,35 @@ impl Replica {
     /// does a force that is recorded as of a copy which shares something with those before it, as this one,
     /// which was never a member's, does not [R17].
     fn belongs_to(&self, config: &ConfigView) -> bool {
-        let begins = config.lineage != self.store.superblock().lineage;
+        self.belongs || self.begins_from_nothing(config)
+    }
+
+    /// True if this copy does not hold the lineage of the config yet.
+    pub(super) fn begins_lineage(&self, config: &ConfigView) -> bool {
+        config.lineage != self.store.superblock().lineage
+    }
+
+    /// True if, in addition, that lineage began by force from a copy that shares nothing with those before it.
+    pub(super) fn begins_from_nothing(&self, config: &ConfigView) -> bool {
         let shares = config.history.last().is_some_and(|fork| fork.fork_epoch > Epoch(0));
-        self.belongs || (begins && !shares)
+        self.begins_lineage(config) && !shares
+    }
+
+    /// A lineage begins from this copy. In the one that it leaves behind any copy may have become like any other
+    /// (resynced from it, or made anew), and what this one knows of the other's differences was never told to it.
+    /// So each copy counts as different wherever one of them is, durably before anything is done in the new
+    /// lineage, and so before a bit is cleared [R17].
+    fn doubt_all_copies(&mut self) {
+        let runs = self.store.dirty_for_anyone();
+        for slot in self.store.slots() {
+            let Some(bitmap) = self.store.dirty_mut(slot) else { continue };
+            for run in &runs {
+                bitmap.set_range(run.start, run.count);
+            }
+            self.suspects.suspect_all(slot);
+        }
+        let tickets = self.store.save_all();
+        self.store.hold_superblock_until(tickets);
     }
 
     fn not_ours(&mut self, config: &ConfigView) {
@@ -147,6 +180,9 @@ impl Replica {
         let me = self.me.incarnation;
         if !config.in_sync.contains(&self.me) {
             return self.settle_doubt(config);
+        }
+        if config.in_sync == [self.me] && self.begins_lineage(config) {
+            self.doubt_all_copies();
         }
         let os_boot = self.os_boot;
         let doubtful = self.store.trust != SuperblockTrust::Sound;

@@ -18,7 +18,7 @@ use super::Replica;
 use super::disk::{DiskOwner, Purpose};
 use super::flusher::FlushTicket;
 use super::io::{DiskErrorKind, DiskOp, DiskResult, Output};
-use super::join::Joining;
+use super::join::{Asked, Joining};
 use super::range_lock::LockId;
 
 /// Most runs in one message.
@@ -192,7 +192,7 @@ impl Replica {
                 self.clear_intents(drain);
             }
             PeerMsg::ResyncStart { epoch, send_foreign, everything, .. } => {
-                self.resync_asked(session, reign, epoch, send_foreign, everything);
+                self.resync_asked(Asked { session, reign, epoch, send_foreign, everything });
             }
             PeerMsg::JoinFlush { id, through, .. } => self.join_flush_asked(session, reign, id, through),
             other => self.release_msg(other),

@@ -17,9 +17,21 @@ use super::meta_store::Ticket;
 pub(super) struct Joining {
     /// Answer `ResyncReady` once this version of the superblock is durable; with foreign runs before it.
     preparing: Option<(SessionId, Reign, u64, bool)>,
+    /// A resync that was asked for while this copy has to stay as it is.
+    postponed: Option<Asked>,
     flush: Option<JoinFlush>,
     /// What was copied here counts as written up to this number once the join commits.
     pub(super) through: Option<WriteSeq>,
+}
+
+/// A resync that the primary asks for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked {
+    pub(super) session: SessionId,
+    pub(super) reign: Reign,
+    pub(super) epoch: Epoch,
+    pub(super) send_foreign: bool,
+    pub(super) everything: bool,
 }
 
 #[derive(Debug)]
@@ -32,17 +44,15 @@ struct JoinFlush {
 }
 
 impl Replica {
-    pub(super) fn resync_asked(
-        &mut self,
-        session: SessionId,
-        reign: Reign,
-        epoch: Epoch,
-        send_foreign: bool,
-        everything: bool,
-    ) {
+    pub(super) fn resync_asked(&mut self, asked: Asked) {
+        let Asked { session, reign, epoch, send_foreign, everything } = asked;
         let Some(source) = self.config.as_ref().and_then(|c| c.primary) else { return };
         // A member is reconciled without a mark; only a replica outside the set is resynced.
         if self.is_member() {
+            return;
+        }
+        if self.awaits_force() {
+            self.following.joining.postponed = Some(asked);
             return;
         }
         let mark = InconsistentMark { epoch, reign, source };
@@ -66,6 +76,10 @@ impl Replica {
     }
 
     pub(super) fn pump_joining(&mut self) {
+        if let Some(asked) = self.following.joining.postponed.filter(|_| !self.awaits_force()) {
+            self.following.joining.postponed = None;
+            self.resync_asked(asked);
+        }
         self.pump_preparing();
         let Some(flush) = &self.following.joining.flush else { return };
         let ready =

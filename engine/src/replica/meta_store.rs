@@ -64,6 +64,8 @@ pub(super) struct MetaStore {
     durable: u64,
     /// The version being written, as encoded for both copies: the second follows the first.
     flight: Option<(u64, (u64, Vec<u8>))>,
+    /// The superblock is not written before these are redeemed.
+    superblock_after: Vec<Ticket>,
     intent: PagedBitmap,
     dirty: BTreeMap<ReplicaSlot, PagedBitmap>,
     groups: BTreeMap<GroupKey, GroupState>,
@@ -79,6 +81,7 @@ impl MetaStore {
             version: 0,
             durable: 0,
             flight: None,
+            superblock_after: Vec::new(),
             intent: image.intent,
             dirty: image.dirty,
             groups: BTreeMap::new(),
@@ -100,6 +103,11 @@ impl MetaStore {
             self.version += 1;
         }
         self.version
+    }
+
+    /// Holds further writes of the superblock back until what the tickets stand for is durable.
+    pub(super) fn hold_superblock_until(&mut self, tickets: Vec<Ticket>) {
+        self.superblock_after.extend(tickets);
     }
 
     /// Writes the superblock again even if it did not change (to mend a bad copy).
@@ -246,6 +254,10 @@ impl MetaStore {
         if self.flight.is_some() || self.durable >= self.version {
             return None;
         }
+        if self.superblock_after.iter().any(|ticket| !self.redeemed(*ticket)) {
+            return None;
+        }
+        self.superblock_after.clear();
         let version = self.version;
         let [(offset, bytes), second] = self.superblock.advance();
         self.flight = Some((version, second));

@@ -4,7 +4,8 @@
 //! - getters ([`Replica::status`], [`Replica::serving`], ...);
 //! - inputs: `handle_client`, `handle_disk`, `handle_peer`, `handle_config`, `handle_lease`,
 //!   `handle_proposal`, `handle_tick`, each with `now`, read by the driver after the completion was reaped [R27];
-//! - operator commands: [`Replica::begin_move`], [`Replica::begin_demote`], [`Replica::begin_stop`];
+//! - operator commands: [`Replica::begin_move`], [`Replica::begin_demote`], [`Replica::begin_force`],
+//!   [`Replica::begin_stop`];
 //! - outputs: [`Replica::poll_output`] until `None`, and [`Replica::poll_deadline`].
 //!
 //! It has no clock, socket, file, thread or randomness of its own, and payload bytes never pass
@@ -31,6 +32,7 @@ mod disk;
 mod flush;
 mod flusher;
 mod follow;
+mod force;
 mod hold;
 mod intent;
 pub mod io;
@@ -71,6 +73,7 @@ pub use io::{
 use disk::DiskBook;
 use flusher::Flusher;
 use follow::Following;
+use force::AskedForce;
 use hold::Stop;
 use intent::IntentBook;
 use meta_store::MetaStore;
@@ -128,6 +131,7 @@ pub struct Replica {
     following: Following,
     primary: Option<Box<Primary>>,
     stop: Stop,
+    asked_force: Option<AskedForce>,
     failure: Option<String>,
     /// A set that names this run can mean this copy.
     belongs: bool,
@@ -189,6 +193,7 @@ impl Replica {
             following: Following::default(),
             primary: None,
             stop: Stop::No,
+            asked_force: None,
             failure: None,
             belongs,
             was_clean,
@@ -217,11 +222,9 @@ impl Replica {
             replica.config_version = replica.store.change_superblock(|sb| {
                 sb.clean = None;
                 sb.current = me;
-                if sb.member.is_some() {
-                    sb.chain.push(me);
-                    let excess = sb.chain.len().saturating_sub(CHAIN_MAX);
-                    sb.chain.drain(..excess);
-                }
+                sb.chain.push(me);
+                let excess = sb.chain.len().saturating_sub(CHAIN_MAX);
+                sb.chain.drain(..excess);
             });
             replica.opened_version = replica.config_version;
         }

@@ -58,7 +58,10 @@ impl Replica {
         let named = config.and_then(|c| c.member(self.me.node)).map(|m| m.incarnation);
         let last = config.and_then(|c| c.replica(self.me.node)).and_then(|r| r.last_member);
         let meant = [named, last].into_iter().flatten().find(|run| continues(superblock, *run));
-        meant.or(superblock.member)
+        // A run of this copy, which was never a member's, was forced and ended before it could record that.
+        let from_nothing = config.is_some_and(|c| self.begins_from_nothing(c));
+        let forced = named.filter(|run| from_nothing && superblock.chain.contains(run));
+        meant.or(forced).or(superblock.member)
     }
 
     /// Snapshot for operators.

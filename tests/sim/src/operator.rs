@@ -66,6 +66,10 @@ impl World {
         if what == "create" && result.is_err() {
             self.operator.creating = false;
         }
+        let refused = result.as_ref().is_err_and(|why| why != "unknown");
+        if what == "promote by force" && refused && self.node_ref(node).is_running() {
+            self.input(node, Replica::end_force);
+        }
     }
 
     pub(crate) fn submit(&mut self, at: NodeId, what: &'static str, op: ClusterOp) {
@@ -134,13 +138,13 @@ impl World {
         if force == Force::No {
             return false;
         }
-        let Some((report, health)) = n.replica.as_ref().map(|r| (r.report(), r.health())) else {
-            return false;
-        };
-        let mixed = report.inconsistent && force != Force::AlsoInconsistent;
-        if mixed || n.has_failed() || health != Health::Healthy {
+        let Some(health) = n.replica.as_ref().map(Replica::health) else { return false };
+        if n.has_failed() || health != Health::Healthy {
             return false;
         }
+        let mut judged = None;
+        self.input(at, |r, now| judged = r.begin_force(now, force == Force::AlsoInconsistent).ok());
+        let Some(report) = judged else { return false };
         let lineage = LineageId(u128::from(self.rng.next()) << 16 | 1);
         let fork_epoch = v.shared_epoch(&report);
         let op = ClusterOp::ForcePromote { volume, expected_epoch, to: me, lineage, fork_epoch };

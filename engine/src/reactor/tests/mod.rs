@@ -266,6 +266,14 @@ impl Core for TestCore {
         Ok(())
     }
 
+    fn begin_force(&mut self, _now: Nanos, discard: bool) -> Result<ReplicaReport, String> {
+        if discard { Ok(self.status().report) } else { Err("half done".into()) }
+    }
+
+    fn end_force(&mut self, now: Nanos) {
+        self.shared.note(now, "end of force".into());
+    }
+
     fn begin_stop(&mut self, _now: Nanos) {
         self.disk(DiskOp::Flush, Doing::Stop);
     }

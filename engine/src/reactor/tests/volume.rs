@@ -81,6 +81,14 @@ fn operators_commands_are_answered() {
     assert_eq!(rx.recv().unwrap(), Err("node 3 is not in sync".into()));
     rig.volume.begin_demote(move |result| other.send(result).unwrap());
     assert_eq!(rx.recv().unwrap(), Ok(()));
+    let (tx, rx) = mpsc::channel();
+    let other = tx.clone();
+    rig.volume.begin_force(true, move |result| tx.send(result).unwrap());
+    assert_eq!(rx.recv().unwrap().unwrap().epoch, Epoch(1));
+    rig.volume.begin_force(false, move |result| other.send(result).unwrap());
+    assert_eq!(rx.recv().unwrap().unwrap_err(), "half done");
+    rig.volume.end_force();
+    eventually("the end of the force is told", || rig.shared.count("end of force") == 1);
 }
 
 #[test]

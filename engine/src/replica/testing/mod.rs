@@ -13,6 +13,7 @@ mod power;
 mod random;
 mod scenarios;
 mod scenarios_faults;
+mod scenarios_force;
 mod scenarios_rules;
 mod scenarios_schedules;
 mod world;
