@@ -124,11 +124,18 @@ impl Replica {
     }
 
     /// A failed replica that is the whole set has nobody to hand over to: its clients get an error,
-    /// instead of waiting for ever.
+    /// instead of waiting for ever. Without a lease another replica may serve already, by force: then they get
+    /// no answer, and look for it [R26].
     fn fail_requests_if_alone(&mut self) {
-        let alone = self.is_only_member();
+        let (alone, lease) = (self.is_only_member(), self.lease_valid() || mutated(Mutation::R26));
         let Some(primary) = &mut self.primary else { return };
         if !alone || (primary.ops.is_empty() && primary.held.is_empty()) {
+            return;
+        }
+        if !lease {
+            self.drop_requests();
+            let reason = "this replica failed, and has no lease to say so";
+            self.out.push_back(Output::CloseClients(reason.into()));
             return;
         }
         let ops: Vec<(ConnId, Cookie)> = primary

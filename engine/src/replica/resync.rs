@@ -119,17 +119,26 @@ pub(super) enum Verdict {
     Refused(String),
 }
 
+/// What the source knows of its own doings towards a returning replica.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Remembered {
+    /// The bitmap for it names every block ever written, because nothing was ever copied to it.
+    pub(super) untouched: bool,
+    /// It has copied to it since it was opened, so the bitmap in memory says what is left of that resync. The one
+    /// on the disk need not: that everything is to be copied is not saved before copying begins.
+    pub(super) copied_to: bool,
+}
+
 /// Judges what a returning replica says of itself against the committed config [design 7]. Both replicas'
 /// metadata never decide who copies from whom: the config does.
-///
-/// `untouched`: the bitmap for it names every block ever written, because nothing was ever copied to it.
 pub(super) fn judge(
     report: &PeerReport,
     node: NodeId,
     me: Member,
     config: &ConfigView,
-    untouched: bool,
+    remembered: Remembered,
 ) -> Verdict {
+    let Remembered { untouched, copied_to } = remembered;
     let blank = report.member.is_none() && report.inconsistent.is_none();
     // A later lineage may have started from an older epoch than an earlier one did.
     let forks = config.history.iter().skip_while(|f| f.lineage != report.lineage).map(|f| f.fork_epoch);
@@ -151,7 +160,9 @@ pub(super) fn judge(
     if report.trust != SuperblockTrust::Sound {
         return Verdict::Everything { foreign, reason: "its superblock is damaged" };
     }
-    let resumed = report.inconsistent.is_some_and(|mark| mark.reign == config.reign && mark.source == me);
+    // A source that was opened anew in its run has the same name, and has forgotten.
+    let ours = report.inconsistent.is_some_and(|mark| mark.reign == config.reign && mark.source == me);
+    let resumed = ours && copied_to;
     let last_member = config.replica(node).and_then(|r| r.last_member);
     if common == Some(Epoch(0)) && !resumed {
         // The copy that the lineage went on from was never in sync, so no bitmap says what it lacks [R17].
@@ -215,8 +226,9 @@ impl Replica {
         let (Some(report), None) = (peer.report, &peer.refused) else { return };
         // Only the first primary, in its first run, knows that nobody else has copied anything to it; and one
         // that was opened anew in that run has forgotten what it copied itself.
-        let untouched = config.reign == FIRST_REIGN && self.never_served && !peer.copied_to;
-        let verdict = judge(&report, node, self.me, config, untouched);
+        let copied_to = peer.copied_to;
+        let untouched = config.reign == FIRST_REIGN && self.never_served && !copied_to;
+        let verdict = judge(&report, node, self.me, config, Remembered { untouched, copied_to });
         let (epoch, reign) = (config.epoch, config.reign);
         let (everything, foreign, reason) = match verdict {
             Verdict::Known { foreign, reason } => (false, foreign, reason),

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use crate::types::{Epoch, Health, LineageId, SuperblockTrust};
-use crate::wire::{BaseContent, PeerReport};
+use crate::wire::{BaseContent, InconsistentMark, PeerReport};
 
 use super::super::io::Event;
-use super::super::resync::{Verdict, judge};
+use super::super::resync::{Remembered, Verdict, judge};
 use super::{Options, World, node};
 
 fn two() -> World {
@@ -150,7 +150,8 @@ fn a_returning_replica_has_three_outcomes() {
     world.crash(node(2));
     world.run(20);
     let good = report(&world);
-    let judged = |r: &PeerReport| judge(r, node(2), me, &world.config, true);
+    let fresh = Remembered { untouched: true, copied_to: false };
+    let judged = |r: &PeerReport| judge(r, node(2), me, &world.config, fresh);
     assert!(matches!(judged(&good), Verdict::Known { foreign: false, .. }));
     let doubtful = PeerReport { trust: SuperblockTrust::Doubtful, ..good };
     assert!(matches!(judged(&doubtful), Verdict::Everything { .. }), "[R16]");
@@ -158,14 +159,23 @@ fn a_returning_replica_has_three_outcomes() {
     assert!(matches!(judged(&replaced), Verdict::Everything { .. }), "[R15]");
     let blank = PeerReport { member: None, base: BaseContent::Zero, ..good };
     assert!(matches!(judged(&blank), Verdict::Everything { .. }), "a new disk in an old member's place");
+    let mark = InconsistentMark { epoch: Epoch(1), reign: world.config.reign, source: me };
+    let half_done = PeerReport { inconsistent: Some(mark), ..replaced };
+    assert!(matches!(judged(&half_done), Verdict::Everything { .. }), "by whom it began has forgotten");
+    let copied = Remembered { untouched: false, copied_to: true };
+    let resumed = judge(&half_done, node(2), me, &world.config, copied);
+    assert!(matches!(resumed, Verdict::Known { foreign: false, reason: "its resync goes on" }));
     let stranger = PeerReport { lineage: LineageId(5), ..good };
     assert!(matches!(judged(&stranger), Verdict::Refused(_)));
     let mut forked = world.config.clone();
     forked.history.push(crate::types::LineageFork { lineage: forked.lineage, fork_epoch: Epoch(2) });
     forked.lineage = LineageId(101);
-    assert!(matches!(judge(&good, node(2), me, &forked, true), Verdict::Known { foreign: true, .. }));
+    assert!(matches!(judge(&good, node(2), me, &forked, fresh), Verdict::Known { foreign: true, .. }));
     let before_fork = PeerReport { epoch: Epoch(2), ..good };
-    assert!(matches!(judge(&before_fork, node(2), me, &forked, true), Verdict::Known { foreign: false, .. }));
+    assert!(matches!(
+        judge(&before_fork, node(2), me, &forked, fresh),
+        Verdict::Known { foreign: false, .. }
+    ));
 }
 
 #[test]
@@ -434,4 +444,54 @@ fn a_primary_whose_flush_failed_sends_nothing_that_it_read_since() {
     world.nodes.get_mut(&node(1)).unwrap().disk_paused = false;
     world.settle();
     assert_eq!(world.nodes[&node(2)].disk.data[5], tag, "the good copy is as it was");
+}
+
+/// Found by the simulator, seed 6022030: the primary had the same name, and what was left in its bitmap on the disk
+/// was taken for all that the target lacked.
+#[test]
+fn r15_a_copy_of_everything_begins_again_if_its_source_was_opened_anew() {
+    let mut world = two();
+    for block in [5, 50] {
+        world.write(node(1), block, false);
+    }
+    world.run(60);
+    world.crash(node(2));
+    world.run(20);
+    world.replace_disk(node(2));
+    world.start(node(2));
+    for _ in 0..1000 {
+        if world.replica(node(2)).report().inconsistent {
+            break;
+        }
+        if !world.step() {
+            world.pass(Duration::from_millis(50));
+        }
+    }
+    assert!(world.replica(node(2)).report().inconsistent, "{:#?}", world.summary());
+    // In one run of the process.
+    world.crash(node(1));
+    world.nodes.get_mut(&node(1)).unwrap().incarnation.boot -= 1;
+    world.start(node(1));
+    world.converge();
+}
+
+/// Found by the simulator, seed 6048663: while another replica served, by force, one that had failed and knew of
+/// nothing told the clients that it still had of errors.
+#[test]
+fn r26_a_failed_replica_tells_no_error_without_a_lease() {
+    let mut world = two();
+    world.crash(node(2));
+    world.run(60);
+    assert_eq!(world.config.in_sync.len(), 1, "{:#?}", world.summary());
+    world.nodes.get_mut(&node(1)).unwrap().disk.flush_error = true;
+    world.errors_allowed = true;
+    world.flush(node(1));
+    world.settle();
+    assert_eq!(world.waiting(node(1)), 0, "nobody else could answer");
+    world.nodes.get_mut(&node(1)).unwrap().cut_off = true;
+    world.pass(Duration::from_secs(2));
+    world.errors_allowed = false;
+    world.read(node(1), 5);
+    world.settle();
+    assert_eq!(world.waiting(node(1)), 0, "closed, not failed");
 }
