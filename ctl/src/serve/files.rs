@@ -257,7 +257,7 @@ pub fn check_absent(place: &Place) -> Result<(), OpenError> {
     Ok(())
 }
 
-/// Starts the reactor.
+/// Starts the reactor. `failed`: why this copy failed when it was open before in this run.
 ///
 /// # Errors
 /// [`ReactorError`].
@@ -265,12 +265,13 @@ pub fn start(
     opened: Opened,
     me: Member,
     os_boot: u128,
+    failed: Option<String>,
     hooks: Box<Hooks>,
 ) -> Result<VolumeHandle, ReactorError> {
     let Opened { name, volume, .. } = opened;
     let OpenVolume { files, image, identity_changed } = volume;
-    let core =
-        move |now: Nanos| Replica::new(Boot { me, os_boot, image, data_replaced: identity_changed, now });
+    let data_replaced = identity_changed;
+    let core = move |now: Nanos| Replica::new(Boot { me, os_boot, image, data_replaced, failed, now });
     reactor::spawn(core, files, hooks, ReactorOptions::new(&name))
 }
 

@@ -55,6 +55,8 @@ pub struct Node {
 struct Slot {
     name: String,
     phase: Phase,
+    /// Why the copy failed that was open before, and is still there.
+    failed: Option<String>,
 }
 
 enum Phase {
@@ -208,7 +210,8 @@ impl Node {
                 Some(_) => {}
                 None if stopping => {}
                 None => {
-                    volumes.insert(id, Slot { name: record.name.clone(), phase: Phase::Opening });
+                    volumes
+                        .insert(id, Slot { name: record.name.clone(), phase: Phase::Opening, failed: None });
                     tokio::spawn(Arc::clone(self).open(id, false));
                 }
             }
@@ -302,7 +305,8 @@ impl Node {
         }
         let (to_node, from_volume) = mpsc::unbounded_channel();
         let hooks = Box::new(Hooks(to_node));
-        let starting = tokio::task::spawn_blocking(move || files::start(opened, me, os_boot, hooks));
+        let failed = self.lock().get(&id).and_then(|slot| slot.failed.clone());
+        let starting = tokio::task::spawn_blocking(move || files::start(opened, me, os_boot, failed, hooks));
         let handle = starting.await.map_err(|e| anyhow::anyhow!("starting it panicked: {e}"))??;
         let redial = sessions::Redial::start(Arc::clone(self), id, handle.clone());
         let pump = tokio::spawn(Arc::clone(self).pump(id, name, handle.clone(), redial.clone(), from_volume));
@@ -394,12 +398,13 @@ impl Node {
             std::mem::replace(&mut slot.phase, Phase::Opening)
         };
         let result = self.clear_away(id, &record.name, old, discard).await;
-        if let Err(reason) = result {
-            if let Some(slot) = self.lock().get_mut(&id) {
-                slot.phase = Phase::Failed(reason.clone());
+        if let Some(slot) = self.lock().get_mut(&id) {
+            match &result {
+                Ok(()) => slot.failed = None,
+                Err(reason) => slot.phase = Phase::Failed(reason.clone()),
             }
-            return Err(reason);
         }
+        result?;
         Arc::clone(self).open(id, true).await;
         self.failure(id).map_or(Ok(()), Err)
     }
@@ -407,10 +412,14 @@ impl Node {
     async fn clear_away(&self, id: VolumeId, name: &str, old: Phase, discard: bool) -> Result<(), String> {
         if let Phase::Running(running) = old {
             running.end();
-            let handle = running.handle;
+            let (handle, ended) = (running.handle.clone(), running.handle);
             let wait = tokio::task::spawn_blocking(move || handle.wait_stopped(Duration::from_secs(10)));
             if !wait.await.unwrap_or(false) {
                 return Err("the old replica did not stop; restart the node and try again".to_string());
+            }
+            // If it stays after all, it is not to be taken for one that works.
+            if let Some(slot) = self.lock().get_mut(&id) {
+                slot.failed = slot.failed.take().or_else(|| ended.status().failure.clone());
             }
         }
         self.await_removal(id, name).await?;

@@ -103,6 +103,9 @@ pub struct Boot {
     pub image: Image,
     /// The data object is not the one that the metadata belongs to: everything must be copied [R15].
     pub data_replaced: bool,
+    /// Why this very copy failed when it was open before, in the same run of the process. What was not flushed then
+    /// may be gone, and the name of the run still stands for it: it stays failed until the next run [R10].
+    pub failed: Option<String>,
     /// The present time.
     pub now: Nanos,
 }
@@ -230,6 +233,9 @@ impl Replica {
         }
         for note in notes {
             replica.event(Event::MetadataDamaged(note));
+        }
+        if let Some(reason) = boot.failed {
+            replica.fail(reason);
         }
         replica.maintain();
         replica

@@ -219,8 +219,9 @@ impl World {
                     image.superblock.member = None;
                     image.superblock.clean = None;
                 }
-                let (me, os_boot) = (n.me(), n.os_boot);
-                n.replica = Some(Replica::new(Boot { me, os_boot, image, data_replaced, now: local }));
+                let (me, os_boot, failed) = (n.me(), n.os_boot, n.failed_before.clone());
+                n.replica =
+                    Some(Replica::new(Boot { me, os_boot, image, data_replaced, failed, now: local }));
                 n.phase = Phase::Running;
                 n.time_read = local;
             }

@@ -109,6 +109,8 @@ pub(crate) struct Node {
     pub(crate) superblock_rotted: bool,
     /// Replicas that were ended while the process went on.
     pub(crate) replicas_made: u64,
+    /// Why the copy failed that was open before in this run, and is still there.
+    pub(crate) failed_before: Option<String>,
     /// It has served since it was named the only member.
     pub(crate) served_in: u64,
     /// An operator asked this run of the process to move the role or to give it up.
@@ -149,6 +151,7 @@ impl Node {
             emptied_boot: 0,
             superblock_rotted: false,
             replicas_made: 0,
+            failed_before: None,
             served_in: 0,
             asked_to_give_up: false,
         }

@@ -189,6 +189,7 @@ impl World {
             return self.at_node(1_000_000, id, NodeEvent::Open);
         }
         self.empty_disk(id);
+        self.node(id).failed_before = None;
         self.node(id).phase = Phase::Opening;
         self.copies_changed();
         let wait = self.rng.skewed(1_000_000, 60_000_000);
@@ -204,7 +205,8 @@ impl World {
         }
         self.land_pending(id);
         let n = self.node(id);
-        n.replica = None;
+        let failure = n.replica.take().and_then(|r| r.status().failure);
+        n.failed_before = n.failed_before.take().or(failure);
         n.replicas_made += 1;
         n.bufs.clear();
         n.sessions.clear();

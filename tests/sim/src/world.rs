@@ -443,6 +443,7 @@ impl World {
         n.starts += 1;
         n.incarnation = Incarnation::of_start(n.starts, nonce);
         n.phase = Phase::Waiting;
+        n.failed_before = None;
         let (incarnation, os_boot, clock) = (n.incarnation, n.os_boot, n.clock);
         self.note(id, format_args!("starts as {incarnation}"));
         self.trace.mix(&[2, id.0, incarnation.boot]);

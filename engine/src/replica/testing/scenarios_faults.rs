@@ -495,3 +495,23 @@ fn r26_a_failed_replica_tells_no_error_without_a_lease() {
     world.settle();
     assert_eq!(world.waiting(node(1)), 0, "closed, not failed");
 }
+
+/// Found by the simulator, seed 7046661: a recreation was given up, and the copy whose flush had failed was opened
+/// again in the same run, which the set still named; it took over without what its flush had lost.
+#[test]
+fn r10_a_copy_that_failed_does_not_come_back_in_the_same_run() {
+    let mut world = two();
+    world.hold_proposals = true;
+    world.nodes.get_mut(&node(2)).unwrap().disk.flush_error = true;
+    world.flush(node(1));
+    world.settle();
+    let failure = world.replica(node(2)).status().failure;
+    assert!(failure.is_some(), "{:#?}", world.summary());
+    world.crash(node(2));
+    world.nodes.get_mut(&node(2)).unwrap().incarnation.boot -= 1;
+    world.failed = failure;
+    world.start(node(2));
+    world.run(4);
+    assert!(matches!(world.replica(node(2)).health(), Health::Unhealthy(_)), "{:#?}", world.summary());
+    world.converge();
+}

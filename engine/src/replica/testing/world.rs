@@ -140,6 +140,8 @@ pub(in super::super) struct World {
     pub(super) cut: BTreeSet<Link>,
     pub(super) silent: BTreeSet<Link>,
     pub(super) replaced: bool,
+    /// Why the copy that is opened next failed when it was open before.
+    pub(in super::super) failed: Option<String>,
     pub(in super::super) clogged: BTreeSet<NodeId>,
     next_session: u64,
     next_tag: u64,
@@ -188,6 +190,7 @@ impl World {
             cut: BTreeSet::new(),
             silent: BTreeSet::new(),
             replaced: false,
+            failed: None,
             clogged: BTreeSet::new(),
             next_session: 1,
             next_tag: 1,
@@ -289,8 +292,14 @@ impl World {
             Ok(())
         };
         let image = Image::read(&mut read, &slots).expect("the superblock is readable");
-        n.replica =
-            Some(Replica::new(Boot { me, os_boot: n.os_boot, image, data_replaced: self.replaced, now }));
+        n.replica = Some(Replica::new(Boot {
+            me,
+            os_boot: n.os_boot,
+            image,
+            data_replaced: self.replaced,
+            failed: self.failed.take(),
+            now,
+        }));
         n.seen = LogIndex(0);
         n.lease_until = 0;
         n.stopped = false;
