@@ -358,6 +358,7 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -417,6 +418,77 @@ mod tests {
         assert_eq!(parse_size("2M"), Ok(2 << 20));
         for bad in ["", "GiB", "1.5GiB", "-1", "0", "99999999999TiB", "1 gigs"] {
             assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    /// Each way to write a unit, and by how many bits it shifts.
+    const UNITS: [(&str, u32); 10] = [
+        ("", 0),
+        ("B", 0),
+        ("K", 10),
+        ("KiB", 10),
+        ("M", 20),
+        ("MiB", 20),
+        ("G", 30),
+        ("GiB", 30),
+        ("T", 40),
+        ("TiB", 40),
+    ];
+
+    fn unit() -> impl Strategy<Value = (&'static str, u32)> {
+        proptest::sample::select(UNITS.to_vec())
+    }
+
+    proptest! {
+        #[test]
+        fn any_size_is_its_number_times_its_unit(
+            (unit, shift) in unit(), bits in 0u32..64, any in any::<u64>(), spaces in "[0]{0,2}", gap in " {0,2}",
+        ) {
+            let number = any >> bits;
+            let exact = u128::from(number) << shift;
+            let expected = u64::try_from(exact).ok().filter(|size| *size > 0);
+            let text = format!("{spaces}{number}{gap}{unit}");
+            prop_assert_eq!(parse_size(&text).ok(), expected, "{}", text);
+            let block = expected.and_then(|size| u32::try_from(size).ok()).filter(|size| *size <= BLOCK_SIZE_MAX);
+            prop_assert_eq!(parse_block_size(&text).ok(), block, "{}", text);
+        }
+
+        #[test]
+        fn any_other_text_is_no_size(text in "[0-9]{0,20}[ .,+-]{0,2}[A-Za-z]{0,4}|.{0,12}") {
+            let unit = text.trim_start_matches(|c: char| c.is_ascii_digit());
+            let known = UNITS.iter().any(|(word, _)| *word == unit.trim());
+            match parse_size(&text) {
+                Ok(size) => prop_assert!(size > 0 && known && unit.len() < text.len(), "{} is {}", text, size),
+                Err(error) => prop_assert!(error.contains(&text) && error.contains("GiB"), "{}", error),
+            }
+        }
+
+        #[test]
+        fn any_time_up_to_the_limit_is_read_to_the_nanosecond(nanos in 0u64..2 * TIME_MAX.as_nanos() as u64) {
+            let time = Duration::from_nanos(nanos);
+            let text = format!("{}.{:09}", time.as_secs(), time.subsec_nanos());
+            match parse_seconds(&text) {
+                // An f64 is exact to far less than that.
+                Ok(read) => prop_assert!(read.abs_diff(time) <= Duration::from_nanos(1) && read <= TIME_MAX),
+                Err(error) => prop_assert!(time > TIME_MAX && error.contains(&text), "{}", error),
+            }
+        }
+
+        #[test]
+        fn any_text_is_a_time_or_refused(text in "-?(inf|nan|[0-9]{0,25})(\\.[0-9]{0,9})?(e-?[0-9]{1,4})?|.{0,12}") {
+            match parse_seconds(&text) {
+                Ok(time) => prop_assert!(time <= TIME_MAX && text.parse::<f64>().is_ok_and(|s| s > -1e-9)),
+                Err(error) => prop_assert!(error.contains(&text) && error.contains("such as"), "{}", error),
+            }
+        }
+
+        #[test]
+        fn any_words_are_a_command_or_wrong_usage(
+            words in proptest::collection::vec("(--)?[a-z]{0,8}(=.{0,4})?|status|volume|create|--size|.{0,6}", 0..6),
+        ) {
+            if let Err(error) = Cli::try_parse_from(std::iter::once("blkrepl".to_string()).chain(words)) {
+                prop_assert!([0, 2].contains(&error.exit_code()), "{}", error);
+            }
         }
     }
 }

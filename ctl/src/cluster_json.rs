@@ -67,6 +67,10 @@ pub fn write(dir: &Path, content: &ClusterJson) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::option;
+    use proptest::prelude::*;
+
     use super::*;
 
     fn sample() -> ClusterJson {
@@ -102,5 +106,57 @@ mod tests {
         let expected =
             ["admin", "config", "data", "id", "kind", "meta", "name", "nbd_tcp", "nbd_unix", "pid"];
         assert_eq!(keys, expected);
+    }
+
+    fn path() -> impl Strategy<Value = PathBuf> {
+        any::<String>().prop_map(PathBuf::from)
+    }
+
+    prop_compose! {
+        fn node()(
+            id in any::<u64>(),
+            (name, kind) in any::<(String, String)>(),
+            (pid, nbd_unix, nbd_tcp) in any::<(Option<u32>, Option<String>, Option<String>)>(),
+            (admin, config) in (path(), path()),
+            (data, meta) in (option::of(path()), option::of(path())),
+        ) -> NodeJson {
+            NodeJson { id, name, kind, pid, nbd_unix, nbd_tcp, admin, config, data, meta }
+        }
+    }
+
+    prop_compose! {
+        fn content()(
+            (volume, size) in any::<(String, u64)>(),
+            nodes in vec(node(), 0..4),
+        ) -> ClusterJson {
+            ClusterJson { volume, size, nodes }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_cluster_is_read_as_it_was_written(content in content()) {
+            let dir = tempfile::tempdir().unwrap();
+            write(dir.path(), &content).unwrap();
+            prop_assert_eq!(read(dir.path()), Some(content));
+        }
+
+        #[test]
+        fn a_file_that_was_cut_off_is_not_ours(content in content(), at in any::<prop::sample::Index>()) {
+            let dir = tempfile::tempdir().unwrap();
+            write(dir.path(), &content).unwrap();
+            let file = dir.path().join(FILE_NAME);
+            let whole = std::fs::read(&file).unwrap();
+            // Without its last byte, a newline, it is still whole.
+            std::fs::write(&file, &whole[..at.index(whole.len() - 1)]).unwrap();
+            prop_assert_eq!(read(dir.path()), None);
+        }
+
+        #[test]
+        fn other_bytes_are_not_ours(bytes in vec(any::<u8>(), 0..200)) {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join(FILE_NAME), &bytes).unwrap();
+            prop_assert_eq!(read(dir.path()), None);
+        }
     }
 }

@@ -124,7 +124,7 @@ pub struct Timing {
 }
 
 /// The whole of `node.toml`, checked, with absolute paths.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeConfig {
     /// The file it was read from.
     pub file: PathBuf,
@@ -553,3 +553,7 @@ data = "/dev/vg/vol0"
         assert!(check_name("vol0.db-1_x").is_ok());
     }
 }
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod property_tests;

@@ -228,6 +228,7 @@ pub fn describe(event: &Event, name: impl Fn(blkrepl_engine::types::NodeId) -> S
 #[cfg(test)]
 mod tests {
     use blkrepl_engine::types::{NodeId, ResyncProgress};
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -259,5 +260,54 @@ mod tests {
         assert_eq!(h.kind, "resync_finished");
         assert_eq!(h.data["moved_bytes"], 4);
         assert_eq!(h.data["peer"], "n2");
+    }
+
+    /// The milliseconds that `text` shows, counted day by day from 1970.
+    fn read_wall(text: &str) -> u64 {
+        let numbers: Vec<u64> = text.split(['-', ' ', ':', '.']).map(|n| n.parse().unwrap()).collect();
+        let [year, month, day, h, m, s, milli] = numbers[..] else { panic!("{text}") };
+        let leap =
+            |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+        let months = |year| [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+        assert!((1..=12).contains(&month) && h < 24 && m < 60 && s < 60, "{text}");
+        assert!((1..=months(year)[month as usize - 1]).contains(&day), "{text}");
+        let years: u64 = (1970..year).map(|year| 365 + u64::from(leap(year))).sum();
+        let days = years + months(year)[..month as usize - 1].iter().sum::<u64>() + day - 1;
+        ((days * 24 + h) * 60 + m) * 60_000 + s * 1000 + milli
+    }
+
+    proptest! {
+        #[test]
+        fn any_time_is_shown_as_the_calendar_has_it(ms in 0..253_402_300_800_000u64) {
+            let text = format_wall(ms);
+            prop_assert_eq!(text.len(), "1970-01-01 00:00:00.000".len());
+            prop_assert_eq!(read_wall(&text), ms);
+        }
+
+        #[test]
+        fn no_clock_is_too_wrong_to_be_shown(ms in any::<u64>()) {
+            prop_assert!(format_wall(ms).contains(' '));
+        }
+
+        #[test]
+        fn batches_give_each_event_once_and_in_order(count in 0..2500u64, after in 0..3000u64) {
+            let log = EventLog::new("n1");
+            for n in 0..count {
+                log.record(None, Happening::new("session", n.to_string()));
+            }
+            let (mut seen, mut from) = (Vec::new(), after);
+            loop {
+                let batch = log.after(from);
+                prop_assert!(batch.len() <= EVENTS_BATCH_MAX);
+                let Some(last) = batch.last() else { break };
+                from = last.seq;
+                seen.extend(batch);
+            }
+            let (numbers, texts): (Vec<_>, Vec<_>) = seen.into_iter().map(|e| (e.seq, e.text)).unzip();
+            let expected: Vec<_> = (after + 1..=count).collect();
+            let expected_texts: Vec<_> = expected.iter().map(|seq| (seq - 1).to_string()).collect();
+            prop_assert_eq!(numbers, expected);
+            prop_assert_eq!(texts, expected_texts);
+        }
     }
 }

@@ -13,7 +13,8 @@ pub fn bytes(n: u64) -> String {
     }
     let mut unit = 0;
     let mut scaled = n as f64 / 1024.0;
-    while scaled >= 1024.0 && unit + 1 < UNITS.len() {
+    // What would be rounded to 1024 is one of the next unit.
+    while scaled >= 1023.95 && unit + 1 < UNITS.len() {
         scaled /= 1024.0;
         unit += 1;
     }
@@ -160,6 +161,8 @@ pub fn done(d: &Done) -> String {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::admin::{DurabilityWord, ResyncView};
 
@@ -214,7 +217,14 @@ pub(crate) mod tests {
 
     #[test]
     fn sizes_read_well() {
-        let cases = [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (1 << 30, "1 GiB")];
+        let cases = [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1 KiB"),
+            (1536, "1.5 KiB"),
+            (1 << 30, "1 GiB"),
+            ((1 << 20) - 1, "1 MiB"),
+        ];
         for (n, text) in cases {
             assert_eq!(bytes(n), text);
         }
@@ -251,6 +261,20 @@ volume vol0  1 GiB  serving  primary n2  epoch 5  reign 4  degraded
         }
         for key in ["done_bytes", "total_bytes", "bytes_per_s", "eta_s"] {
             assert!(replica["resync"].get(key).is_some(), "{key}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_size_is_shown_to_a_tenth_of_a_unit_that_fits(any in any::<u64>(), bits in 0u32..64) {
+            let n = any >> bits;
+            let text = bytes(n);
+            let (number, unit) = text.split_once(' ').unwrap();
+            let power = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"].iter().position(|u| *u == unit).unwrap();
+            let shown: f64 = number.parse().unwrap();
+            prop_assert!(shown < 1024.0 || unit == "PiB", "{}", text);
+            let exact = n as f64 / 1024f64.powi(i32::try_from(power).unwrap());
+            prop_assert!((shown - exact).abs() < 0.0501, "{} is shown as {}", n, text);
         }
     }
 }

@@ -351,6 +351,9 @@ fn free_ports(count: usize) -> anyhow::Result<Vec<u16>> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::option;
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -380,14 +383,27 @@ mod tests {
         assert_eq!((json.nodes[2].data.as_ref(), json.nodes[0].pid), (None, None));
     }
 
-    #[test]
-    fn short_leases_keep_the_times_in_order() {
-        for lease in [100, 300, 1500, 10_000] {
-            let text = timing_section(&TimingArgs { leases: Some(lease), ..TimingArgs::default() });
-            let table: toml::Table = text.parse().unwrap();
-            let ms = |key: &str| table["timing"][key].as_integer().unwrap();
-            assert!(ms("renew_ms") * 2 <= ms("lease_ms"), "{text}");
-            assert!(ms("heartbeat_ms") * 2 <= ms("election_min_ms"), "{text}");
+    fn config_with(timing: &TimingArgs) -> Result<NodeConfig, config::ConfigError> {
+        let addrs = "control = \"127.0.0.1:1\"\npeer = \"127.0.0.1:2\"";
+        let node = "id = 1\nname = \"n1\"\nkind = \"data\"";
+        let timing = timing_section(timing);
+        let text = format!("[node]\n{node}\n[listen]\n{addrs}\n{timing}[[cluster]]\n{node}\n{addrs}\n");
+        config::parse(Path::new("/d/n1/node.toml"), &text)
+    }
+
+    proptest! {
+        #[test]
+        fn times_that_follow_from_others_fit_and_times_that_do_not_fit_are_refused(
+            leases in option::of(100..=60_000u64), heartbeat in option::of(10..=60_000u64),
+            renew in option::of(10..=60_000u64), election in option::of(20..=60_000u64),
+        ) {
+            let timing = TimingArgs { leases, renew: None, heartbeat, election: None };
+            let followed = config_with(&timing).unwrap().timing;
+            prop_assert_eq!(followed.lease.as_millis(), u128::from(leases.unwrap_or(LEASE_MS_DEFAULT)));
+            let fits = renew.is_none_or(|ms| Duration::from_millis(2 * ms) <= followed.lease)
+                && election.is_none_or(|ms| followed.heartbeat * 2 <= Duration::from_millis(ms));
+            let read = config_with(&TimingArgs { renew, election, ..timing });
+            prop_assert_eq!(read.is_ok(), fits, "{:?}", read);
         }
     }
 }

@@ -97,7 +97,7 @@ fn collect(dir: &Path, found: &mut Vec<Source>) {
                 collect(&path, found);
             }
         } else if ["rs", "md", "toml", "sh"].iter().any(|e| path.extension().is_some_and(|x| x == *e))
-            || name == "run"
+            || ["run", "coverage"].contains(&name.as_str())
         {
             let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
             found.push(Source { path, text });

@@ -137,3 +137,43 @@ pub fn ask<T: DeserializeOwned>(socket: &Path, request: &Request, timeout: Durat
 pub fn status(socket: &Path) -> Result<StatusView, AskError> {
     ask(socket, &Request::Status {}, STATUS_TIMEOUT)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A client whose node has said `bytes` and left.
+    fn answered(bytes: &[u8]) -> AdminClient {
+        let (ours, mut node) = UnixStream::pair().unwrap();
+        node.write_all(bytes).unwrap();
+        AdminClient { socket: "/a.sock".into(), stream: BufReader::new(ours) }
+    }
+
+    proptest! {
+        #[test]
+        fn any_lines_are_answers_or_errors_that_name_the_socket(
+            lines in vec("\\{\"(ok|error)\":(\"[a-z]{0,9}\"|[0-9]{1,3}|null)\\}|[^\n]{0,20}", 0..4),
+        ) {
+            let mut client = answered(format!("{}\n", lines.join("\n")).as_bytes());
+            // Without any line there is an empty one.
+            for line in lines.iter().map(String::as_str).chain(lines.is_empty().then_some("")) {
+                let text = |prefix: &str| line.strip_prefix(prefix)?.strip_suffix("\"}");
+                match client.receive::<String>() {
+                    Ok(answer) => prop_assert_eq!(answer.as_deref(), text("{\"ok\":\"")),
+                    Err(AskError::Refused(reason)) => prop_assert_eq!(Some(&*reason), text("{\"error\":\"")),
+                    Err(error) => prop_assert!(error.to_string().contains("/a.sock"), "{}", error),
+                }
+            }
+            prop_assert_eq!(client.receive::<String>().unwrap(), None);
+        }
+
+        #[test]
+        fn other_bytes_are_errors_and_never_an_answer(bytes in vec(any::<u8>(), 1..200)) {
+            let error = answered(&bytes).receive::<String>().unwrap_err();
+            prop_assert!(matches!(error, AskError::Malformed { .. } | AskError::Broken { .. }), "{}", error);
+        }
+    }
+}

@@ -197,10 +197,14 @@ async fn follow(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
     use crate::admin::client::{AdminClient, AskError, ask};
     use crate::events::{EventRecord, Happening};
-    use std::time::Duration;
 
     struct Fake;
 
@@ -276,5 +280,61 @@ mod tests {
         let mut lines = std::io::BufReader::new(stream).lines();
         assert!(lines.next().unwrap().unwrap().contains("does not understand"));
         assert_eq!(lines.next().unwrap().unwrap(), r#"{"ok":"Status"}"#);
+    }
+
+    /// What a connection answers to `sent`, line by line.
+    fn answers(sent: Vec<u8>) -> std::io::Result<Vec<Reply>> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let (mut ours, theirs) = UnixStream::pair()?;
+            let served = tokio::spawn(async move {
+                let events = Arc::new(EventLog::new("n1"));
+                connection(theirs, Arc::new(Fake), events, &AtomicBool::new(false)).await
+            });
+            ours.write_all(&sent).await?;
+            ours.shutdown().await?;
+            let mut text = String::new();
+            ours.read_to_string(&mut text).await?;
+            served.await??;
+            Ok(text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?)
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn each_line_has_one_answer_in_its_place(
+            lines in vec(prop_oneof![
+                Just((b"{\"op\":\"status\"}".to_vec(), true)),
+                vec(any::<u8>().prop_filter("ends the line", |&b| b != b'\n'), 0..50)
+                    .prop_map(|bytes| (bytes, false)),
+            ], 0..8),
+            last_ends in any::<bool>(),
+        ) {
+            let mut sent: Vec<u8> = lines.iter().flat_map(|(line, _)| [&line[..], b"\n"].concat()).collect();
+            if !last_ends && lines.last().is_some_and(|(line, _)| !line.is_empty()) {
+                sent.pop();
+            }
+            let answers = answers(sent).unwrap();
+            prop_assert_eq!(answers.len(), lines.len());
+            for (answer, (line, good)) in answers.iter().zip(&lines) {
+                let understood = !matches!(answer, Reply::Error(text) if text.contains("does not understand"));
+                prop_assert_eq!(understood, *good, "{:?}: {:?}", String::from_utf8_lossy(line), answer);
+            }
+        }
+
+        #[test]
+        fn a_line_is_read_up_to_the_longest_that_is_allowed(over in 0usize..4, ends in any::<bool>()) {
+            let len = REQUEST_BYTES_MAX - 2 + over;
+            let mut sent = vec![b' '; len];
+            if ends {
+                sent.push(b'\n');
+            }
+            let answers = answers(sent);
+            // The longest line has its newline as last byte; one without is taken for the start of a longer one.
+            let allowed = len < REQUEST_BYTES_MAX;
+            prop_assert_eq!(answers.is_ok(), allowed, "{} bytes: {:?}", len, answers);
+        }
     }
 }

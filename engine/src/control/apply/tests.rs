@@ -11,6 +11,7 @@ use crate::types::{
 
 use super::super::codec;
 use super::super::command::{Applied, ClusterOp, Command, Leadership, Prepared, RequestId};
+use super::super::failover::eligible_restarted;
 use super::super::fixture::{Cluster, VOL, member, record};
 use super::super::state::{ClusterState, NodeKind, TIMEOUT_MAX};
 use super::{apply, apply_under};
@@ -142,6 +143,23 @@ fn r6_a_restarted_member_takes_over_only_if_every_member_restarted() {
     assert_eq!(c.vol().continued_from.len(), 2);
     c.propose_ok(member(2, 3), ProposalKind::Bump);
     assert!(c.vol().continued_from.is_empty());
+}
+
+#[test]
+fn r6_a_chain_of_restarts_that_served_nothing_forgets_its_oldest_runs() {
+    let mut c = Cluster::pair();
+    c.propose_ok(member(1, 1), ProposalKind::Remove(member(2, 1)));
+    for boot in 2..=20 {
+        c.register(1, boot);
+        let op = c.promote_restarted(member(1, boot), false);
+        c.must(op);
+    }
+    // A copy that stems from a forgotten run is not taken for it: it is promoted by force only.
+    let remembered: Vec<_> = (4..=19).map(|boot| member(1, boot).incarnation).collect();
+    assert_eq!(c.vol().continued_from, remembered);
+    let named = member(1, 20);
+    eligible_restarted(c.vol(), named, &c.report(remembered[0])).unwrap();
+    eligible_restarted(c.vol(), named, &c.report(member(1, 3).incarnation)).unwrap_err();
 }
 
 #[test]

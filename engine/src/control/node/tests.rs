@@ -521,6 +521,16 @@ async fn r17_r19_a_forced_recovery_makes_a_new_cluster_that_refuses_the_old_vote
     }
 }
 
+#[test]
+fn a_node_that_never_belonged_to_a_cluster_is_not_recovered() {
+    let dir = tempfile::tempdir().unwrap();
+    init(dir.path(), NodeId(1)).unwrap();
+    for _ in 0..2 {
+        let error = recover_force(dir.path(), NodeId(1)).unwrap_err();
+        assert!(error.to_string().contains("never belonged to a cluster"), "{error}");
+    }
+}
+
 #[tokio::test]
 async fn strangers_that_say_nothing_do_not_keep_the_nodes_apart() {
     let group = Group::new().await;
@@ -539,4 +549,47 @@ async fn strangers_that_say_nothing_do_not_keep_the_nodes_apart() {
     group.start(away).await;
     let known = |s: &ClusterState| s.newest(NodeId(away)).is_some_and(|i| i.boot > boot);
     group.wait(1, "the new run is registered", known).await;
+}
+
+#[tokio::test]
+async fn strangers_that_say_something_else_are_hung_up_on_and_do_no_harm() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    let group = Group::new().await;
+    for addr in &group.addrs[..3] {
+        for said in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 64], &[0; 64]] {
+            let mut stream = tokio::net::TcpStream::connect(addr).await.unwrap();
+            stream.write_all(said).await.unwrap();
+            let mut answer = Vec::new();
+            // It may end with a reset, as the rest of what was said is not read.
+            let _ =
+                tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut answer)).await.unwrap();
+            assert!(answer.is_empty(), "{answer:?}");
+        }
+    }
+    group.create_volume(1).await;
+}
+
+/// A node that finds another one than its config says, or one of another cluster, founds nothing with it.
+#[tokio::test]
+async fn r13_a_cluster_is_founded_by_the_nodes_of_the_config_only() {
+    let group = Group::new().await;
+    let dir = tempfile::tempdir().unwrap();
+    init(dir.path(), NodeId(1)).unwrap();
+    let mut options = group.options(1);
+    (options.dir, options.listen) = (dir.path().to_path_buf(), group.addrs[3]);
+    options.founders[0].addrs.control = group.addrs[3].to_string();
+    for swapped in [false, true] {
+        if swapped {
+            let witness = options.founders[2].addrs.control.clone();
+            options.founders[1].addrs.control = witness;
+        }
+        let stranger = start(options.clone(), boot_time).await.unwrap();
+        sleep(Duration::from_millis(700)).await;
+        assert_eq!(stranger.cluster_state().borrow().cluster, None);
+        assert_eq!(stranger.leader(), None);
+        stranger.shutdown().await;
+    }
+    assert_eq!(group.node(2).cluster_state().borrow().nodes.len(), 3);
+    group.create_volume(1).await;
 }

@@ -14,6 +14,7 @@ mod random;
 mod scenarios;
 mod scenarios_faults;
 mod scenarios_force;
+mod scenarios_refusals;
 mod scenarios_rules;
 mod scenarios_schedules;
 mod world;
