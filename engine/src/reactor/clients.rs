@@ -13,7 +13,7 @@
 //! Never does: deciding when or whether a request is answered (the core's), or speaking a protocol (a
 //! [`ClientProtocol`]'s).
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
@@ -22,6 +22,7 @@ use rustix::event::{PollFd, PollFlags};
 
 use crate::mutation::{Mutation, mutated};
 use crate::replica::{ClientError, ClientOp, ClientRequest, ConnId, Cookie, ReplyData};
+use crate::rising_map::RisingMap;
 use crate::types::{ByteRange, Geometry, Nanos};
 use crate::wire::{BufId, Payload};
 
@@ -77,7 +78,9 @@ struct Connection {
     state: State,
     receiving: bool,
     outgoing: Outgoing,
-    requests: BTreeMap<Cookie, Request>,
+    requests: RisingMap<Cookie, Request>,
+    /// It is among those with something to send.
+    listed: bool,
     /// Requests read whose answer is not yet sent whole.
     unanswered: u32,
     next_cookie: u64,
@@ -107,8 +110,8 @@ pub(super) struct Clients {
     next_conn: u64,
     /// Connections that wait for client bytes, in the order in which they began to.
     waiting: VecDeque<ConnId>,
-    /// Connections with something to send.
-    to_flush: BTreeSet<ConnId>,
+    /// Connections with something to send, each once; some may be closed by now.
+    to_flush: Vec<ConnId>,
 }
 
 impl Clients {
@@ -120,7 +123,7 @@ impl Clients {
             connections: BTreeMap::new(),
             next_conn: 1,
             waiting: VecDeque::new(),
-            to_flush: BTreeSet::new(),
+            to_flush: Vec::new(),
         }
     }
 
@@ -166,7 +169,8 @@ impl Clients {
             state: State::Header,
             receiving: false,
             outgoing: Outgoing::new(),
-            requests: BTreeMap::new(),
+            requests: RisingMap::new(),
+            listed: false,
             unanswered: 0,
             next_cookie: 1,
             unread_since: None,
@@ -201,7 +205,6 @@ impl Clients {
         }
         connection.staging.release(buffers);
         self.waiting.retain(|id| *id != conn);
-        self.to_flush.remove(&conn);
         // Whatever the kernel has of this socket ends now; it may have failed already.
         let _failed = rustix::net::shutdown(&*connection.socket, rustix::net::Shutdown::Both);
         true
@@ -272,7 +275,7 @@ impl Clients {
                     }
                     connection.state = State::Header;
                     connection.answer(request, Err(request.error.unwrap_or(ClientError::Invalid)));
-                    self.to_flush.insert(conn);
+                    connection.list(conn, &mut self.to_flush);
                 }
                 State::Finishing => {
                     let done = connection.unanswered == 0 && connection.outgoing.is_idle();
@@ -306,7 +309,7 @@ impl Clients {
             }
             _ if request.len == 0 => {
                 connection.answer(request, Ok(()));
-                self.to_flush.insert(conn);
+                connection.list(conn, &mut self.to_flush);
                 None
             }
             FrontOp::Trim | FrontOp::WriteZeroes => {
@@ -411,7 +414,7 @@ impl Clients {
             }
             Err(_) => io.buffers.unreserve(request.reserved),
         }
-        self.to_flush.insert(conn);
+        connection.list(conn, &mut self.to_flush);
         None
     }
 
@@ -444,7 +447,7 @@ impl Clients {
         match sent.rest {
             Some(rest) => io.send(&connection.socket, rest, Token::ClientSend(conn)),
             None => {
-                self.to_flush.insert(conn);
+                connection.list(conn, &mut self.to_flush);
             }
         }
         Ok(())
@@ -452,10 +455,10 @@ impl Clients {
 
     /// Hands the gathered answers to the kernel.
     pub(super) fn flush(&mut self, io: &mut Io, now: Nanos) {
-        while let Some(conn) = self.to_flush.pop_first() {
-            if let Some(connection) = self.connections.get_mut(&conn)
-                && let Some(message) = connection.outgoing.take()
-            {
+        for conn in self.to_flush.drain(..) {
+            let Some(connection) = self.connections.get_mut(&conn) else { continue };
+            connection.listed = false;
+            if let Some(message) = connection.outgoing.take() {
                 // No completion may ever come of this one.
                 connection.note_debt(now);
                 io.send(&connection.socket, message, Token::ClientSend(conn));
@@ -543,6 +546,13 @@ impl Clients {
 }
 
 impl Connection {
+    /// Puts it on the list of those with something to send.
+    fn list(&mut self, conn: ConnId, to_flush: &mut Vec<ConnId>) {
+        if !std::mem::replace(&mut self.listed, true) {
+            to_flush.push(conn);
+        }
+    }
+
     /// Notes since when the client has owed something without getting on with it.
     fn note_debt(&mut self, now: Nanos) {
         let owes = matches!(self.state, State::Payload { .. }) || !self.outgoing.is_idle();

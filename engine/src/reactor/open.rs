@@ -66,6 +66,8 @@ pub(super) struct OpenFile {
     pub(super) path: PathBuf,
     /// O_DIRECT is on.
     pub(super) direct: bool,
+    /// On a file system that keeps its files in memory (tmpfs).
+    pub(super) in_memory: bool,
 }
 
 /// The open, locked files of a replica, for its reactor.
@@ -560,19 +562,21 @@ fn finish(file: File, path: &Path) -> Result<OpenFile, OpenError> {
             "the file system refuses O_DIRECT: going on with buffered I/O (correct, but slower)"
         );
     }
-    run_in_place(&fd).map_err(failed("setting up", path))?;
-    Ok(OpenFile { fd, path: path.to_owned(), direct })
+    let in_memory = run_in_place(&fd).map_err(failed("setting up", path))?;
+    Ok(OpenFile { fd, path: path.to_owned(), direct, in_memory })
 }
 
 /// Lets the ring carry out requests on a file in memory at once. It does not know that tmpfs never waits for a
 /// device and would hand each request to a thread, which costs more than the copy; the flag, which means
-/// nothing to a regular file otherwise, makes it try first. Not for other file systems: they may wait.
-fn run_in_place(fd: &OwnedFd) -> io::Result<()> {
-    if rustix::fs::fstatfs(fd)?.f_type == libc::TMPFS_MAGIC {
+/// nothing to a regular file otherwise, makes it try first. Not for other file systems: they may wait. True if it
+/// is a file in memory.
+fn run_in_place(fd: &OwnedFd) -> io::Result<bool> {
+    let in_memory = rustix::fs::fstatfs(fd)?.f_type == libc::TMPFS_MAGIC;
+    if in_memory {
         let flags = rustix::fs::fcntl_getfl(fd)?;
         rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK)?;
     }
-    Ok(())
+    Ok(in_memory)
 }
 
 /// Sets O_DIRECT and tries an aligned read; unset again if either is refused.

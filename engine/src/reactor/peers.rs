@@ -9,7 +9,7 @@
 //! Never does: opening connections or greeting (done before the socket is handed over), or bounding what
 //! is sent (the core's).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
@@ -40,6 +40,8 @@ struct Session {
     state: State,
     receiving: bool,
     outgoing: Outgoing,
+    /// It is among those with something to send.
+    listed: bool,
 }
 
 /// All sessions of one volume.
@@ -47,14 +49,14 @@ pub(super) struct Peers {
     geometry: Geometry,
     sessions: BTreeMap<SessionId, Session>,
     next_session: u64,
-    /// Sessions with something to send.
-    to_flush: BTreeSet<SessionId>,
+    /// Sessions with something to send, each once; some may be over by now.
+    to_flush: Vec<SessionId>,
 }
 
 impl Peers {
     /// None yet.
     pub(super) fn new(geometry: Geometry) -> Self {
-        Self { geometry, sessions: BTreeMap::new(), next_session: 1, to_flush: BTreeSet::new() }
+        Self { geometry, sessions: BTreeMap::new(), next_session: 1, to_flush: Vec::new() }
     }
 
     /// The session to a node.
@@ -97,6 +99,7 @@ impl Peers {
             state: State::Header,
             receiving: false,
             outgoing: Outgoing::new(),
+            listed: false,
         };
         self.sessions.insert(session, entry);
         session
@@ -112,7 +115,6 @@ impl Peers {
             buffers.release(buf);
         }
         entry.staging.release(buffers);
-        self.to_flush.remove(&session);
         // Whatever the kernel has of this socket ends now; it may have failed already.
         let _failed = rustix::net::shutdown(&*entry.socket, rustix::net::Shutdown::Both);
         Some(entry.node)
@@ -171,7 +173,7 @@ impl Peers {
         if let Some(payload) = entry.outgoing.push_head(|out| encode(message, out)) {
             entry.outgoing.push_buffer(&mut io.buffers, payload.buf, 0, payload.len as usize);
         }
-        self.to_flush.insert(session);
+        entry.list(session, &mut self.to_flush);
     }
 
     /// Takes back what a send left of its message.
@@ -200,7 +202,7 @@ impl Peers {
         match entry.outgoing.on_sent(message, len, &mut io.buffers).rest {
             Some(rest) => io.send(&entry.socket, rest, Token::PeerSend(session)),
             None => {
-                self.to_flush.insert(session);
+                entry.list(session, &mut self.to_flush);
             }
         }
         Ok(())
@@ -208,10 +210,10 @@ impl Peers {
 
     /// Hands the gathered frames to the kernel.
     pub(super) fn flush(&mut self, io: &mut Io) {
-        while let Some(session) = self.to_flush.pop_first() {
-            if let Some(entry) = self.sessions.get_mut(&session)
-                && let Some(message) = entry.outgoing.take()
-            {
+        for session in self.to_flush.drain(..) {
+            let Some(entry) = self.sessions.get_mut(&session) else { continue };
+            entry.listed = false;
+            if let Some(message) = entry.outgoing.take() {
                 io.send(&entry.socket, message, Token::PeerSend(session));
             }
         }
@@ -240,6 +242,13 @@ impl Peers {
 }
 
 impl Session {
+    /// Puts it on the list of those with something to send.
+    fn list(&mut self, session: SessionId, to_flush: &mut Vec<SessionId>) {
+        if !std::mem::replace(&mut self.listed, true) {
+            to_flush.push(session);
+        }
+    }
+
     fn next(&mut self, io: &mut Io) -> Result<Option<PeerMsg>, String> {
         if matches!(self.state, State::Header) && !self.parse_header(io)? {
             return Ok(None);

@@ -209,7 +209,7 @@ fn a_failed_flush_is_reported() {
     let dir = tempfile::tempdir().unwrap();
     let mut files = files(&dir, 1 << 20, false);
     let (pipe, _other) = std::io::pipe().unwrap();
-    files.data = OpenFile { fd: pipe.into(), path: "pipe".into(), direct: false };
+    files.data = OpenFile { fd: pipe.into(), path: "pipe".into(), direct: false, in_memory: false };
     let mut bench = Bench::new(files);
     assert_eq!(bench.run(DiskOp::Flush), Err(DiskErrorKind::Io));
 }
@@ -220,7 +220,7 @@ fn piped(dir: &tempfile::TempDir) -> (Bench, std::fs::File, std::fs::File) {
     let path = format!("/proc/self/fd/{}", write_end.as_raw_fd());
     let both = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
     let mut files = files(dir, 1 << 20, false);
-    files.data = OpenFile { fd: OwnedFd::from(both), path: "pipe".into(), direct: false };
+    files.data = OpenFile { fd: OwnedFd::from(both), path: "pipe".into(), direct: false, in_memory: false };
     let ends = [OwnedFd::from(read_end), OwnedFd::from(write_end)].map(std::fs::File::from);
     let [read_end, write_end] = ends;
     (Bench::new(files), read_end, write_end)
