@@ -91,8 +91,10 @@ impl Replica {
         if primary.stable == Some(primary.last_seq()) {
             // Nothing has been written since the last round: it is stable already.
             primary.flush_wanted = false;
-            for id in std::mem::take(&mut primary.flush_queue) {
-                self.finish(id, Ok(ReplyData::None));
+            let mut stable_already = std::mem::take(&mut primary.flush_queue);
+            stable_already.drain(..).for_each(|id| self.finish(id, Ok(ReplyData::None)));
+            if let Some(primary) = self.primary.as_mut().filter(|p| p.flush_queue.is_empty()) {
+                primary.flush_queue = stable_already;
             }
             return;
         }

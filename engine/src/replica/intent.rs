@@ -181,14 +181,15 @@ impl IntentBook {
         keep_max: usize,
         mut save_bitmaps: impl FnMut(&mut MetaStore, BlockRange) -> Vec<Ticket>,
     ) {
+        let mut excess = self.regions.len().saturating_sub(keep_max);
+        let due = |r: &Region| excess > 0 || r.touched <= idle_before;
         let mut ready: Vec<(Nanos, RegionIndex)> = self
             .regions
             .iter()
-            .filter(|(_, r)| r.in_flight == 0 && Self::covered(r, stable))
+            .filter(|(_, r)| due(r) && r.in_flight == 0 && Self::covered(r, stable))
             .map(|(index, r)| (r.touched, *index))
             .collect();
         ready.sort_unstable();
-        let mut excess = self.regions.len().saturating_sub(keep_max);
         for (touched, index) in ready {
             if touched > idle_before && excess == 0 {
                 break;

@@ -140,11 +140,10 @@ impl<O: Copy> RangeLocks<O> {
     /// True if no two granted entries conflict, and the counts are those of the entries. For the invariant
     /// check.
     pub(super) fn is_consistent(&self) -> bool {
-        let granted: Vec<_> = self.all().filter(|e| e.granted).collect();
-        let apart = granted
-            .iter()
+        let granted = || self.all().filter(|e| e.granted);
+        let apart = granted()
             .enumerate()
-            .all(|(n, a)| granted.iter().skip(n + 1).all(|b| !a.conflicts(&b.range, b.exclusive)));
+            .all(|(n, a)| granted().skip(n + 1).all(|b| !a.conflicts(&b.range, b.exclusive)));
         let long = self.all().filter(|e| e.range.count > COUNTED_MAX).count();
         let blocks: u64 = self.all().map(|e| e.range.count).filter(|count| *count <= COUNTED_MAX).sum();
         apart

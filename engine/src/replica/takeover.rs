@@ -12,7 +12,9 @@ use crate::types::{Member, NodeId};
 
 use super::Replica;
 use super::io::Event;
+use super::node_set::NodeSet;
 use super::primary::{Phase, Primary};
+use super::resync::{Target, TargetPhase};
 
 impl Replica {
     pub(super) fn become_primary(&mut self) {
@@ -67,6 +69,10 @@ impl Replica {
         }
         primary.phase = Phase::Serving;
         let reign = primary.reign;
+        // Members like any others from here on: nobody keeps account of what is sent to them.
+        let done = |t: &Target| t.member && t.phase == TargetPhase::Reconciled;
+        let equal: NodeSet = primary.targets.iter().filter(|(_, t)| done(t)).map(|(node, _)| *node).collect();
+        equal.iter().for_each(|node| self.drop_target(node));
         self.event(Event::Serving { reign });
     }
 

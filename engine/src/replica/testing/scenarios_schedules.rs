@@ -476,3 +476,17 @@ fn a_stopping_secondary_writes_nothing_after_its_clean_mark() {
     world.crash(node(2));
     world.converge();
 }
+
+#[test]
+fn after_a_take_over_nothing_is_kept_of_the_members_that_were_made_equal() {
+    let mut world = three();
+    world.write(node(1), 5, false);
+    world.crash(node(1));
+    world.pass(Duration::from_secs(2));
+    assert!(world.failover());
+    world.run(60);
+    let primary = world.serving().expect("another member took over");
+    assert_eq!(world.config.in_sync.len(), 2, "{:#?}", world.summary());
+    assert!(!world.replica(primary).primary.as_ref().unwrap().is_changing(), "writes would be slow for ever");
+    world.converge();
+}
