@@ -180,6 +180,9 @@ impl Replica {
             PeerMsg::Compare { id, blocks, hashes, .. } => {
                 self.incoming(session, reign, blocks, Work::Compare { id, hashes });
             }
+            PeerMsg::ReadRequest { id, .. } if !self.holds_the_content() => {
+                self.send(session, PeerMsg::ReadReply { reign, id, payload: None });
+            }
             PeerMsg::ReadRequest { id, blocks, .. } => {
                 self.incoming(session, reign, blocks, Work::Read { id });
             }
@@ -338,6 +341,12 @@ impl Replica {
         if let Some(payload) = payload {
             self.release(payload.buf);
         }
+    }
+
+    /// True unless this copy was made anew while its run was about to join: the primary asks that run for what it
+    /// cannot read itself, and would take a blank block for the content [R10, R20].
+    fn holds_the_content(&self) -> bool {
+        self.belongs || self.store.superblock().inconsistent.is_some()
     }
 
     /// A session is over: what came by it and has not begun is discarded.

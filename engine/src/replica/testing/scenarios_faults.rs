@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::types::{Epoch, Health, LineageId, SuperblockTrust};
+use crate::types::{Epoch, Health, LineageId, ProposalKind, SuperblockTrust};
 use crate::wire::{BaseContent, InconsistentMark, PeerReport};
 
 use super::super::io::Event;
@@ -513,5 +513,39 @@ fn r10_a_copy_that_failed_does_not_come_back_in_the_same_run() {
     world.start(node(2));
     world.run(4);
     assert!(matches!(world.replica(node(2)).health(), Health::Unhealthy(_)), "{:#?}", world.summary());
+    world.converge();
+}
+
+/// Found by the simulator, seed 8098086: the join of a run was proposed and not decided, its copy was made anew, and
+/// the primary mended a bad block from it.
+#[test]
+fn r10_r20_nothing_is_mended_from_a_copy_that_was_made_anew_while_its_run_joins() {
+    let mut world = two();
+    world.crash(node(2));
+    world.run(20);
+    let tag = world.write(node(1), 5, false);
+    world.run(60);
+    world.hold_proposals = true;
+    world.start(node(2));
+    world.run(20);
+    assert!(matches!(world.proposals[0].1.kind, ProposalKind::Join(_)), "{:#?}", world.summary());
+    // In one run of the process.
+    world.crash(node(2));
+    world.replace_disk(node(2));
+    world.nodes.get_mut(&node(2)).unwrap().incarnation.boot -= 1;
+    world.start(node(2));
+    world.run(10);
+    world.nodes.get_mut(&node(1)).unwrap().disk.bad = vec![5];
+    world.errors_allowed = true;
+    world.read(node(1), 5);
+    world.run(4);
+    assert_eq!(world.waiting(node(1)), 0, "{:#?}", world.summary());
+    assert_eq!(world.nodes[&node(1)].disk.data[5], tag);
+    // It never comes to that join.
+    world.proposals.clear();
+    for id in [node(1), node(2)] {
+        world.crash(id);
+        world.start(id);
+    }
     world.converge();
 }
