@@ -111,9 +111,13 @@ impl World {
         if self.all_in_sync() && enough {
             self.note("END", format_args!("all replicas are in sync; the clients stop"));
             self.stage = Stage::Ending { at: self.now + QUIET, by: self.now + IN_SYNC_BY };
-        } else if self.all_in_sync() {
-            // Only the clients are not done.
+        } else if self.all_in_sync() && self.stats.answered > self.answered_seen {
+            // Only the clients are not done, and they get on.
+            self.answered_seen = self.stats.answered;
             self.stage = Stage::Healing { by: self.now + IN_SYNC_BY };
+        } else if self.now > by && self.all_in_sync() {
+            let open: Vec<_> = self.clients.iter().map(|c| c.open.clone()).collect();
+            self.broke(Invariant::Answered, format!("requests stay open: {open:?}; {}", self.summary()));
         } else if self.now > by {
             let text = format!("not in sync {} s after faults ended: {}", IN_SYNC_BY / S, self.summary());
             self.broke(Invariant::Liveness, text);

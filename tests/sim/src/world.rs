@@ -181,6 +181,8 @@ pub(crate) struct World {
     /// The newest reign in which an answer was given.
     pub(crate) answered_reign: u64,
     /// When the volume was last seen to be served by somebody.
+    /// Requests that were answered when it was last looked whether the clients get on.
+    pub(crate) answered_seen: u64,
     pub(crate) served_at: Time,
 }
 
@@ -249,6 +251,7 @@ impl World {
             trace: Trace::new(options.trace),
             violation: None,
             answered_reign: 0,
+            answered_seen: 0,
             served_at: 0,
             rng,
             shape,
