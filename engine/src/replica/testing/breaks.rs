@@ -76,6 +76,12 @@ impl World {
         self.nodes.get_mut(&id).unwrap().disk = disk;
     }
 
+    /// Opens the replica again within the run of the process that had it open before.
+    pub(in super::super) fn start_in_same_run(&mut self, id: NodeId) {
+        self.nodes.get_mut(&id).unwrap().incarnation.boot -= 1;
+        self.start(id);
+    }
+
     /// Flips a bit in every page of every dirty bitmap.
     pub(in super::super) fn damage_bitmaps(&mut self, id: NodeId) {
         let area = self.image(id).layout().area(crate::meta::Area::Dirty(ReplicaSlot(0))).offset();

@@ -23,6 +23,14 @@ pub(super) use disk::TestDisk;
 pub(super) use history::History;
 pub(super) use world::{Options, World, node};
 
+/// Two replicas, in sync.
+pub(super) fn two() -> World {
+    let mut world = World::new(&Options::default());
+    world.run(12);
+    assert!(world.all_in_sync(), "{:#?}", world.summary());
+    world
+}
+
 /// Deterministic random numbers (splitmix64).
 #[derive(Debug, Clone)]
 pub(super) struct Rng(pub(super) u64);

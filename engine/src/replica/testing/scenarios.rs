@@ -5,14 +5,7 @@ use std::time::Duration;
 use crate::types::{Nanos, ProposalKind, ProposalOutcome, ReplicaSlot};
 
 use super::super::io::Event;
-use super::{Options, World, node};
-
-fn two() -> World {
-    let mut world = World::new(&Options::default());
-    world.run(12);
-    assert!(world.all_in_sync(), "{:#?}", world.summary());
-    world
-}
+use super::{Options, World, node, two};
 
 fn three() -> World {
     let mut world = World::new(&Options { replicas: 3, ..Options::default() });

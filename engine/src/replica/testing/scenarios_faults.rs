@@ -7,14 +7,8 @@ use crate::wire::{BaseContent, InconsistentMark, PeerReport};
 
 use super::super::io::Event;
 use super::super::resync::{Remembered, Verdict, judge};
-use super::{Options, World, node};
-
-fn two() -> World {
-    let mut world = World::new(&Options::default());
-    world.run(12);
-    assert!(world.all_in_sync(), "{:#?}", world.summary());
-    world
-}
+use super::scenarios_force::blank_and_alone;
+use super::{Options, World, node, two};
 
 #[test]
 fn a_write_error_hands_the_role_over_and_the_client_never_sees_it() {
@@ -267,16 +261,7 @@ fn r20_a_read_that_failed_is_tried_again_after_a_write_that_came_in_between() {
 
 #[test]
 fn r17_everything_is_compared_if_a_lineage_began_from_a_copy_that_was_never_in_sync() {
-    let mut world = two();
-    world.write(node(1), 20, false);
-    world.run(60);
-    world.crash(node(2));
-    world.replace_disk(node(2));
-    world.cut(node(1), node(2));
-    world.start(node(2));
-    world.crash(node(1));
-    world.give_config(node(2));
-    world.settle();
+    let mut world = blank_and_alone();
     world.force(node(2));
     world.history.power_lost();
     world.converge();
@@ -314,16 +299,7 @@ fn r20_r26_an_error_is_not_decided_before_it_can_be_told() {
 /// Found by the simulator, seed 704021: the blank copy of the lineage in between was taken for a known one.
 #[test]
 fn r17_everything_is_compared_if_the_lineage_before_began_from_a_copy_that_was_never_in_sync() {
-    let mut world = two();
-    world.write(node(1), 20, false);
-    world.run(60);
-    world.crash(node(2));
-    world.replace_disk(node(2));
-    world.cut(node(1), node(2));
-    world.start(node(2));
-    world.crash(node(1));
-    world.give_config(node(2));
-    world.settle();
+    let mut world = blank_and_alone();
     world.force(node(2));
     world.history.power_lost();
     world.run(20);
@@ -356,8 +332,7 @@ fn a_replica_that_is_opened_anew_in_one_run_counts_its_proposals_on() {
     let first = world.replica(node(1)).next_proposal;
     world.crash(node(1));
     world.pass(Duration::from_millis(10));
-    world.nodes.get_mut(&node(1)).unwrap().incarnation.boot -= 1;
-    world.start(node(1));
+    world.start_in_same_run(node(1));
     assert!(world.replica(node(1)).next_proposal > first);
 }
 
@@ -376,8 +351,7 @@ fn a_primary_that_was_opened_anew_in_its_first_run_does_not_know_what_it_copied(
     world.crash(node(2));
     world.replace_disk(node(2));
     world.crash(node(1));
-    world.nodes.get_mut(&node(1)).unwrap().incarnation.boot -= 1;
-    world.start(node(1));
+    world.start_in_same_run(node(1));
     world.start(node(2));
     world.run(60);
     assert!(world.all_in_sync(), "{:#?}", world.summary());
@@ -392,8 +366,7 @@ fn r10_a_copy_that_was_made_anew_is_not_taken_for_the_member_that_its_run_was() 
     // In one run of the process.
     world.crash(node(2));
     world.replace_disk(node(2));
-    world.nodes.get_mut(&node(2)).unwrap().incarnation.boot -= 1;
-    world.start(node(2));
+    world.start_in_same_run(node(2));
     world.run(20);
     assert!(matches!(world.replica(node(2)).health(), Health::Unhealthy(_)));
     assert!(world.config.member(node(2)).is_none(), "removed, and not in sync again");
@@ -413,8 +386,7 @@ fn r17_a_copy_that_was_made_anew_is_not_taken_for_the_one_that_was_to_be_forced(
     // In one run of the process, before the force commits.
     world.crash(node(2));
     world.replace_disk(node(2));
-    world.nodes.get_mut(&node(2)).unwrap().incarnation.boot -= 1;
-    world.start(node(2));
+    world.start_in_same_run(node(2));
     world.commit(forced);
     world.run(40);
     assert!(matches!(world.replica(node(2)).health(), Health::Unhealthy(_)), "{:#?}", world.summary());
@@ -470,8 +442,7 @@ fn r15_a_copy_of_everything_begins_again_if_its_source_was_opened_anew() {
     assert!(world.replica(node(2)).report().inconsistent, "{:#?}", world.summary());
     // In one run of the process.
     world.crash(node(1));
-    world.nodes.get_mut(&node(1)).unwrap().incarnation.boot -= 1;
-    world.start(node(1));
+    world.start_in_same_run(node(1));
     world.converge();
 }
 
@@ -508,9 +479,8 @@ fn r10_a_copy_that_failed_does_not_come_back_in_the_same_run() {
     let failure = world.replica(node(2)).status().failure;
     assert!(failure.is_some(), "{:#?}", world.summary());
     world.crash(node(2));
-    world.nodes.get_mut(&node(2)).unwrap().incarnation.boot -= 1;
     world.failed = failure;
-    world.start(node(2));
+    world.start_in_same_run(node(2));
     world.run(4);
     assert!(matches!(world.replica(node(2)).health(), Health::Unhealthy(_)), "{:#?}", world.summary());
     world.converge();
@@ -532,8 +502,7 @@ fn r10_r20_nothing_is_mended_from_a_copy_that_was_made_anew_while_its_run_joins(
     // In one run of the process.
     world.crash(node(2));
     world.replace_disk(node(2));
-    world.nodes.get_mut(&node(2)).unwrap().incarnation.boot -= 1;
-    world.start(node(2));
+    world.start_in_same_run(node(2));
     world.run(10);
     world.nodes.get_mut(&node(1)).unwrap().disk.bad = vec![5];
     world.errors_allowed = true;

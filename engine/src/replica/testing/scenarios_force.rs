@@ -4,17 +4,10 @@ use std::time::Duration;
 
 use crate::types::{Health, Nanos};
 
-use super::{History, Options, World, node};
-
-fn two() -> World {
-    let mut world = World::new(&Options::default());
-    world.run(12);
-    assert!(world.all_in_sync(), "{:#?}", world.summary());
-    world
-}
+use super::{History, Options, World, node, two};
 
 /// Node 2 has lost its disk, has never been in sync since, and node 1 is gone.
-fn blank_and_alone() -> World {
+pub(super) fn blank_and_alone() -> World {
     let mut world = two();
     world.write(node(1), 20, false);
     world.run(60);
@@ -107,8 +100,7 @@ fn r6_a_copy_that_was_made_anew_does_not_take_over_for_the_forced_one_after_a_re
     let forced = world.judge_force(node(2));
     world.crash(node(2));
     world.replace_disk(node(2));
-    world.nodes.get_mut(&node(2)).unwrap().incarnation.boot -= 1;
-    world.start(node(2));
+    world.start_in_same_run(node(2));
     world.commit(forced);
     world.crash(node(2));
     world.start(node(2));

@@ -7,14 +7,7 @@ use crate::wire::PeerMsg;
 
 use super::super::io::{DiskOp, PeerInput};
 use super::world::BLOCK;
-use super::{Options, World, node};
-
-fn two() -> World {
-    let mut world = World::new(&Options::default());
-    world.run(12);
-    assert!(world.all_in_sync(), "{:#?}", world.summary());
-    world
-}
+use super::{Options, World, node, two};
 
 fn three() -> World {
     let mut world = World::new(&Options { replicas: 3, ..Options::default() });
