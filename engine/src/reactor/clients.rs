@@ -77,6 +77,8 @@ struct Connection {
     staging: Staging,
     state: State,
     receiving: bool,
+    /// The last receive left something in the socket.
+    more: bool,
     outgoing: Outgoing,
     requests: RisingMap<Cookie, Request>,
     /// It is among those with something to send.
@@ -168,6 +170,7 @@ impl Clients {
             staging: Staging::new(&mut io.buffers),
             state: State::Header,
             receiving: false,
+            more: true,
             outgoing: Outgoing::new(),
             requests: RisingMap::new(),
             listed: false,
@@ -214,9 +217,15 @@ impl Clients {
     ///
     /// # Errors
     /// The reason for which the connection is to be closed.
-    pub(super) fn received(&mut self, conn: ConnId, buf: BufId, result: i32) -> Result<(), String> {
+    pub(super) fn received(
+        &mut self,
+        conn: ConnId,
+        buf: BufId,
+        result: i32,
+        more: bool,
+    ) -> Result<(), String> {
         let Some(connection) = self.connections.get_mut(&conn) else { return Ok(()) };
-        connection.receiving = false;
+        (connection.receiving, connection.more) = (false, more);
         let len = match usize::try_from(result) {
             Ok(0) => return Err("the client closed it".into()),
             Ok(len) => len,
@@ -453,17 +462,21 @@ impl Clients {
         Ok(())
     }
 
-    /// Hands the gathered answers to the kernel.
-    pub(super) fn flush(&mut self, io: &mut Io, now: Nanos) {
+    /// Hands the gathered answers to the kernel. Returns how many completions will come of that at once, and
+    /// lead to nothing but memory given back: their connections are read.
+    pub(super) fn flush(&mut self, io: &mut Io, now: Nanos) -> usize {
+        let mut quiet = 0;
         for conn in self.to_flush.drain(..) {
             let Some(connection) = self.connections.get_mut(&conn) else { continue };
             connection.listed = false;
             if let Some(message) = connection.outgoing.take() {
                 // No completion may ever come of this one.
                 connection.note_debt(now);
+                quiet += usize::from(connection.receiving && message.leaves_at_once());
                 io.send(&connection.socket, message, Token::ClientSend(conn));
             }
         }
+        quiet
     }
 
     /// Reads on, if the connection is to be read and is not being read; else notes since when it is not.
@@ -488,8 +501,13 @@ impl Clients {
         if !connection.receiving {
             connection.receiving = true;
             let span = direct.unwrap_or_else(|| connection.staging.room(&mut io.buffers));
-            io.receive(&connection.socket, span, Token::ClientReceive(conn));
+            io.receive(&connection.socket, span, !connection.more, Token::ClientReceive(conn));
         }
+    }
+
+    /// A connection waits for memory.
+    pub(super) fn any_waiting(&self) -> bool {
+        !self.waiting.is_empty()
     }
 
     /// The connection whose turn it is to wait for client bytes, if they may suffice now.

@@ -14,6 +14,8 @@ use super::buffers::Buffers;
 
 /// Most parts handed to the kernel by one call (the system's own bound is 1024).
 const PARTS_MAX: usize = 256;
+/// A message of at most so many bytes is expected to find room in its socket, and so to be sent at once.
+const AT_ONCE_MAX: usize = 64 << 10;
 
 /// One stretch of bytes to send.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +86,11 @@ impl Message {
         self.header.msg_iov = self.iovecs.as_mut_ptr();
         self.header.msg_iovlen = self.iovecs.len();
         &raw const self.header
+    }
+
+    /// It is expected to leave as soon as the kernel takes it.
+    pub(super) fn leaves_at_once(&self) -> bool {
+        self.parts.iter().map(Part::len).sum::<usize>() <= AT_ONCE_MAX
     }
 
     /// Notes that `sent` more bytes are out; buffers sent whole are released. True if nothing is left.

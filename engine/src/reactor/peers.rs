@@ -39,6 +39,8 @@ struct Session {
     staging: Staging,
     state: State,
     receiving: bool,
+    /// The last receive left something in the socket.
+    more: bool,
     outgoing: Outgoing,
     /// It is among those with something to send.
     listed: bool,
@@ -98,6 +100,7 @@ impl Peers {
             staging,
             state: State::Header,
             receiving: false,
+            more: true,
             outgoing: Outgoing::new(),
             listed: false,
         };
@@ -124,9 +127,15 @@ impl Peers {
     ///
     /// # Errors
     /// The reason for which the session is to be ended.
-    pub(super) fn received(&mut self, session: SessionId, buf: BufId, result: i32) -> Result<(), String> {
+    pub(super) fn received(
+        &mut self,
+        session: SessionId,
+        buf: BufId,
+        result: i32,
+        more: bool,
+    ) -> Result<(), String> {
         let Some(entry) = self.sessions.get_mut(&session) else { return Ok(()) };
-        entry.receiving = false;
+        (entry.receiving, entry.more) = (false, more);
         let len = match usize::try_from(result) {
             Ok(0) => return Err("the peer closed the connection".into()),
             Ok(len) => len,
@@ -208,15 +217,19 @@ impl Peers {
         Ok(())
     }
 
-    /// Hands the gathered frames to the kernel.
-    pub(super) fn flush(&mut self, io: &mut Io) {
+    /// Hands the gathered frames to the kernel. Returns how many completions will come of that at once, and
+    /// lead to nothing but memory given back.
+    pub(super) fn flush(&mut self, io: &mut Io) -> usize {
+        let mut quiet = 0;
         for session in self.to_flush.drain(..) {
             let Some(entry) = self.sessions.get_mut(&session) else { continue };
             entry.listed = false;
             if let Some(message) = entry.outgoing.take() {
+                quiet += usize::from(message.leaves_at_once());
                 io.send(&entry.socket, message, Token::PeerSend(session));
             }
         }
+        quiet
     }
 
     /// Reads on.
@@ -232,7 +245,7 @@ impl Peers {
             }
             _ => entry.staging.room(&mut io.buffers),
         };
-        io.receive(&entry.socket, span, Token::PeerReceive(session));
+        io.receive(&entry.socket, span, !entry.more, Token::PeerReceive(session));
     }
 
     /// Nothing is left to send.

@@ -19,7 +19,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use io_uring::squeue::Entry;
-use io_uring::{IoUring, Probe, opcode, types};
+use io_uring::{IoUring, Probe, cqueue, opcode, types};
 
 use crate::replica::{ConnId, DiskOpId};
 use crate::wire::{BufId, SessionId};
@@ -32,6 +32,8 @@ use super::outgoing::Message;
 pub(super) const RING_ENTRIES: u32 = 256;
 /// Completion entries per submission entry.
 const COMPLETIONS_PER_ENTRY: u32 = 16;
+/// `IORING_RECVSEND_POLL_FIRST`: do not try before the socket is readable.
+const POLL_FIRST: u16 = 1;
 /// Index of the arena among registered buffers.
 const ARENA_INDEX: u16 = 0;
 
@@ -74,6 +76,8 @@ pub(super) struct Completion {
     pub(super) result: i32,
     /// What the operation held.
     pub(super) hold: Hold,
+    /// Of a receive: the socket holds more. Kernels before 5.19 do not say so.
+    pub(super) more: bool,
 }
 
 struct Operation {
@@ -102,6 +106,8 @@ pub(super) struct Ring {
     /// Entries that did not fit into the submission queue yet.
     backlog: VecDeque<Entry>,
     in_kernel: usize,
+    /// The kernel knows `IORING_RECVSEND_POLL_FIRST`, and tells whether a socket holds more.
+    poll_first: bool,
 }
 
 /// A ring and the buffers that its operations use.
@@ -133,12 +139,17 @@ fn setup_error(error: io::Error) -> ReactorError {
     }
 }
 
-/// Names of the operations that a volume needs and this kernel lacks.
-fn missing_operations(ring: &IoUring) -> Result<Vec<&'static str>, ReactorError> {
+/// What this kernel's io_uring can do.
+fn probe_operations(ring: &IoUring) -> Result<Probe, ReactorError> {
     let mut probe = Probe::new();
     ring.submitter()
         .register_probe(&mut probe)
         .map_err(|source| ReactorError::Io { action: "asking io_uring what it can do", source })?;
+    Ok(probe)
+}
+
+/// Names of the operations that a volume needs and this kernel lacks.
+fn missing_operations(probe: &Probe) -> Vec<&'static str> {
     let needed = [
         ("READ", opcode::Read::CODE),
         ("WRITE", opcode::Write::CODE),
@@ -150,7 +161,7 @@ fn missing_operations(ring: &IoUring) -> Result<Vec<&'static str>, ReactorError>
         ("SENDMSG", opcode::SendMsg::CODE),
         ("POLL_ADD", opcode::PollAdd::CODE),
     ];
-    Ok(needed.iter().filter(|(_, code)| !probe.is_supported(*code)).map(|(name, _)| *name).collect())
+    needed.iter().filter(|(_, code)| !probe.is_supported(*code)).map(|(name, _)| *name).collect()
 }
 
 /// Checks that this process may use io_uring and that the kernel has what a volume needs.
@@ -168,11 +179,20 @@ impl Ring {
         if !uring.params().is_feature_ext_arg() || !uring.params().is_feature_nodrop() {
             return Err(ReactorError::Unsupported("its io_uring cannot wait with a time-out".into()));
         }
-        let missing = missing_operations(&uring)?;
+        let probe = probe_operations(&uring)?;
+        let missing = missing_operations(&probe);
         if !missing.is_empty() {
             return Err(ReactorError::Unsupported(format!("its io_uring lacks {}", missing.join(", "))));
         }
-        Ok(Self { uring, operations: Vec::new(), vacant: Vec::new(), backlog: VecDeque::new(), in_kernel: 0 })
+        Ok(Self {
+            uring,
+            operations: Vec::new(),
+            vacant: Vec::new(),
+            backlog: VecDeque::new(),
+            in_kernel: 0,
+            // Of 5.19; SEND_ZC came with 6.0 and can be asked for.
+            poll_first: probe.is_supported(opcode::SendZc::CODE),
+        })
     }
 
     /// Queues an entry; it goes to the kernel with the next submit. `hold` and `file` must own everything
@@ -207,8 +227,8 @@ impl Ring {
         }
     }
 
-    /// Submits everything and waits until something completed or the time is over (`None`: no limit).
-    fn submit_and_wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+    /// Submits everything and waits until `want` operations completed or the time is over (`None`: no limit).
+    fn submit_and_wait(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<()> {
         self.fill();
         while !self.backlog.is_empty() {
             match self.uring.submit() {
@@ -220,11 +240,11 @@ impl Ring {
             }
         }
         let waited = match timeout {
-            None => self.uring.submit_and_wait(1),
+            None => self.uring.submit_and_wait(want),
             Some(limit) => {
                 let time = types::Timespec::new().sec(limit.as_secs()).nsec(limit.subsec_nanos());
                 let args = types::SubmitArgs::new().timespec(&time);
-                self.uring.submitter().submit_with_args(1, &args)
+                self.uring.submitter().submit_with_args(want, &args)
             }
         };
         match waited {
@@ -248,7 +268,12 @@ impl Ring {
             let operation = self.operations[index].take().expect("an operation completes only once");
             self.vacant.push(u32::try_from(index).expect("slot indices fit 32 bits"));
             self.in_kernel -= 1;
-            out.push(Completion { token: operation.token, result: entry.result(), hold: operation.hold });
+            out.push(Completion {
+                token: operation.token,
+                result: entry.result(),
+                hold: operation.hold,
+                more: cqueue::sock_nonempty(entry.flags()),
+            });
         }
     }
 }
@@ -284,7 +309,18 @@ impl Io {
 
     /// Submits what was pushed, waits for a completion or the time-out, appends what completed to `out`.
     pub(super) fn turn(&mut self, timeout: Option<Duration>, out: &mut Vec<Completion>) -> io::Result<()> {
-        self.ring.submit_and_wait(timeout)?;
+        self.turn_beyond(0, timeout, out)
+    }
+
+    /// As [`Self::turn`], but `quiet` completions do not end the wait: those of sends that the kernel carries
+    /// out as it takes them, and that lead to nothing.
+    pub(super) fn turn_beyond(
+        &mut self,
+        quiet: usize,
+        timeout: Option<Duration>,
+        out: &mut Vec<Completion>,
+    ) -> io::Result<()> {
+        self.ring.submit_and_wait(1 + quiet, timeout)?;
         self.ring.reap(out);
         Ok(())
     }
@@ -331,11 +367,12 @@ impl Io {
         self.ring.push(entry, token, Hold::Nothing, file);
     }
 
-    /// Receives into a span, as much as there is.
-    pub(super) fn receive(&mut self, socket: &Rc<OwnedFd>, span: Span, token: Token) {
+    /// Receives into a span, as much as there is. `empty`: the socket is thought to hold nothing yet.
+    pub(super) fn receive(&mut self, socket: &Rc<OwnedFd>, span: Span, empty: bool, token: Token) {
         let (start, _) = self.buffers.address(span.buf, span.start, span.len);
-        let entry = opcode::Recv::new(types::Fd(socket.as_raw_fd()), start, span_len(span)).build();
-        self.push_held(entry, token, span.buf, socket);
+        let ioprio = if empty && self.ring.poll_first { POLL_FIRST } else { 0 };
+        let entry = opcode::Recv::new(types::Fd(socket.as_raw_fd()), start, span_len(span)).ioprio(ioprio);
+        self.push_held(entry.build(), token, span.buf, socket);
     }
 
     /// Sends what is left of a message; it comes back with the completion.
@@ -392,9 +429,10 @@ impl Drop for Io {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
+    use super::super::outgoing::Outgoing;
     use super::*;
 
     fn turn(io: &mut Io, limit: Duration) -> Vec<Completion> {
@@ -410,7 +448,7 @@ mod tests {
         let here = Rc::new(OwnedFd::from(here));
         let buf = io.buffers.alloc(4096);
         let (start, _) = io.buffers.address(buf, 0, 1);
-        io.receive(&here, Span { buf, start: 0, len: 4096 }, Token::Wake);
+        io.receive(&here, Span { buf, start: 0, len: 4096 }, false, Token::Wake);
         io.buffers.release(buf);
         assert!(turn(&mut io, Duration::from_millis(20)).is_empty());
         let other = io.buffers.alloc(4096);
@@ -438,6 +476,45 @@ mod tests {
             io.turn(Some(Duration::from_secs(5)), &mut done).unwrap();
         }
         assert_eq!(io.in_kernel(), 0);
+    }
+
+    #[test]
+    fn a_wait_goes_beyond_sends_that_complete_at_once() {
+        let mut io = Io::new(8, 0).unwrap();
+        let (here, mut there) = UnixStream::pair().unwrap();
+        let here = Rc::new(OwnedFd::from(here));
+        let buf = io.buffers.alloc(4096);
+        let mut queue = Outgoing::new();
+        queue.push_head(|out| out.extend_from_slice(b"out"));
+        let message = queue.take().unwrap();
+        assert!(message.leaves_at_once());
+        io.receive(&here, Span { buf, start: 0, len: 4096 }, true, Token::ClientReceive(ConnId(1)));
+        io.send(&here, message, Token::ClientSend(ConnId(1)));
+        let answer = std::thread::spawn(move || {
+            let mut bytes = [0; 3];
+            there.read_exact(&mut bytes).unwrap();
+            there.write_all(&bytes).unwrap();
+        });
+        let mut done = Vec::new();
+        io.turn_beyond(1, Some(Duration::from_secs(60)), &mut done).unwrap();
+        answer.join().unwrap();
+        assert_eq!(
+            done.iter().map(|d| d.result).collect::<Vec<_>>(),
+            [3, 3],
+            "the send and the answer to it"
+        );
+        // The time-out ends it all the same.
+        queue.on_sent(message_of(&mut done), 3, &mut io.buffers);
+        queue.push_head(|out| out.extend_from_slice(b"out"));
+        io.send(&here, queue.take().unwrap(), Token::ClientSend(ConnId(1)));
+        done.clear();
+        io.turn_beyond(1, Some(Duration::from_millis(20)), &mut done).unwrap();
+        assert_eq!(done.len(), 1);
+    }
+
+    fn message_of(done: &mut Vec<Completion>) -> Box<Message> {
+        let mut holds = done.drain(..).map(|d| d.hold);
+        holds.find_map(|h| if let Hold::Message(m) = h { Some(m) } else { None }).expect("a message was sent")
     }
 
     /// Without the right to lock more than the limit, buffers are used unregistered.

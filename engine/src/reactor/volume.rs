@@ -133,8 +133,8 @@ impl<C: Core> Volume<C> {
         let mut done = Vec::new();
         self.settle();
         loop {
-            self.clients.flush(&mut self.io, boottime_now());
-            self.peers.flush(&mut self.io);
+            let quiet = self.clients.flush(&mut self.io, boottime_now()) + self.peers.flush(&mut self.io);
+            let quiet = if self.clients.any_waiting() { 0 } else { quiet };
             self.publish();
             if self.stopped {
                 return Ok(());
@@ -143,7 +143,7 @@ impl<C: Core> Volume<C> {
             if mutated(Mutation::R27) {
                 self.began = boottime_now();
             }
-            self.io.turn(timeout, &mut done)?;
+            self.io.turn_beyond(quiet, timeout, &mut done)?;
             self.handle(&mut done);
             self.tick();
         }
@@ -178,7 +178,7 @@ impl<C: Core> Volume<C> {
     }
 
     fn complete(&mut self, completion: Completion) {
-        let Completion { token, result, hold } = completion;
+        let Completion { token, result, hold, more } = completion;
         match (token, hold) {
             (Token::Wake | Token::ClientGone(_), _) => {}
             (Token::Disk(id), hold) => {
@@ -189,7 +189,7 @@ impl<C: Core> Volume<C> {
                 self.settle();
             }
             (Token::ClientReceive(conn), Hold::Buffer(buf)) => {
-                let received = self.clients.received(conn, buf, result);
+                let received = self.clients.received(conn, buf, result, more);
                 self.io.buffers.release(buf);
                 match received {
                     Ok(()) => self.pump_client(conn),
@@ -205,7 +205,7 @@ impl<C: Core> Volume<C> {
                 self.settle();
             }
             (Token::PeerReceive(session), Hold::Buffer(buf)) => {
-                let received = self.peers.received(session, buf, result);
+                let received = self.peers.received(session, buf, result, more);
                 self.io.buffers.release(buf);
                 match received {
                     Ok(()) => self.pump_peer(session),
@@ -464,7 +464,7 @@ impl<C: Core> Volume<C> {
             if self.io.turn(Some(LINGER_MAX / 10), &mut done).is_err() {
                 return;
             }
-            for Completion { token, result, hold } in done.drain(..) {
+            for Completion { token, result, hold, .. } in done.drain(..) {
                 // A socket that fails now is closed right after; its error has nobody to go to.
                 let _closing = match (token, hold) {
                     (Token::ClientSend(conn), Hold::Message(message)) => {

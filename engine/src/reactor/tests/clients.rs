@@ -264,7 +264,7 @@ impl Bench {
     fn receive(&mut self, conn: ConnId) -> Option<Next> {
         let done = self.turn().into_iter().find(|c| c.token == Token::ClientReceive(conn))?;
         let Hold::Buffer(buf) = done.hold else { panic!("a receive holds a buffer") };
-        self.clients.received(conn, buf, done.result).unwrap();
+        self.clients.received(conn, buf, done.result, done.more).unwrap();
         self.io.buffers.release(buf);
         let next = self.clients.next(&mut self.io, conn);
         self.clients.arm(&mut self.io, conn, Nanos(0));
