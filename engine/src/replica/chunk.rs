@@ -101,6 +101,7 @@ impl Replica {
             end = end.min(next);
         }
         target.cursor = end;
+        target.rounds += u32::from(wrapped);
         Some(BlockRange::between(start, end))
     }
 
@@ -183,7 +184,7 @@ impl Replica {
         }
         let until = self.now.after(std::time::Duration::from_secs(1));
         let Some(target) = self.primary.as_mut().and_then(|p| p.targets.get_mut(&node)) else { return };
-        target.paused_until = until;
+        (target.paused_until, target.unreadable) = (until, true);
         let Some(chunk) = target.chunks.get(&id) else { return };
         let blocks = chunk.blocks;
         let (first, last) = (blocks.start.0, blocks.end() - 1);

@@ -8,6 +8,10 @@
 //! Client writes go to the target live and set its bit; only a copy or a write that is still the newest for
 //! its block clears the bit [R21]: `live` holds, per block, the number of the newest write under way.
 //!
+//! A target that is slower than the clients would never be done: what they write faster than it answers is left
+//! for later, round after round. In the second round it enters the ack set with what is left: from there on clients
+//! wait for it and nothing is added.
+//!
 //! The same machinery reconciles the members of the set after a promotion [R11].
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,6 +35,10 @@ use super::suspects::Suspect;
 /// it (their bits stay set): 32 MiB unless the window is set. Inside the ack set there is no such limit: it is
 /// waited for.
 const LIVE_WINDOWS_MAX: u64 = 8;
+
+/// A target for which the cursor came round so often, and found something left behind, is waited for. Once is
+/// no sign yet: a chunk leaves behind what lies after a block that a client's write brought meanwhile.
+const ROUNDS_MAX: u32 = 2;
 
 /// The reign in which a volume is created.
 const FIRST_REIGN: Reign = Reign(1);
@@ -75,6 +83,10 @@ pub(super) struct Target {
     /// Regions whose bits may say too much: compared before they are copied.
     compare: Suspect,
     pub(super) cursor: u64,
+    /// How often the cursor has come round to a block that was left behind.
+    pub(super) rounds: u32,
+    /// A block that it lacks could not be read here.
+    pub(super) unreadable: bool,
     pub(super) chunks: BTreeMap<ChunkId, Chunk>,
     pub(super) requests: BTreeMap<u64, Request>,
     pub(super) live: BTreeMap<u64, WriteSeq>,
@@ -101,6 +113,12 @@ impl Target {
     pub(super) fn answered(&mut self, request: u64, compare: bool) -> Option<Request> {
         self.requests.get(&request).filter(|r| r.compare == compare)?;
         self.requests.remove(&request)
+    }
+
+    /// What it still lacks shrinks only if clients wait for it. A block that can't be read is no reason for that:
+    /// waiting does not bring it.
+    fn must_be_waited_for(&self) -> bool {
+        self.rounds >= ROUNDS_MAX && !self.unreadable && !self.member
     }
 
     fn copies(&self) -> bool {
@@ -276,6 +294,8 @@ impl Replica {
             everything,
             compare,
             cursor: 0,
+            rounds: 0,
+            unreadable: false,
             chunks: BTreeMap::new(),
             requests: BTreeMap::new(),
             live: BTreeMap::new(),
@@ -398,6 +418,7 @@ impl Replica {
                 // Every block it lacks is in a write on its way: from here on each write waits for it.
                 self.enter_ack_set(node);
             }
+            TargetPhase::Copying if target.must_be_waited_for() => self.enter_ack_set(node),
             TargetPhase::Draining => {
                 let entered = target.entered_at;
                 let older = target.unanswered.keys().next().is_some_and(|first| *first <= entered);

@@ -621,6 +621,41 @@ fn r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_that_was_not_s
     assert_eq!(world.nodes[&node(2)].disk.data[40], newest);
 }
 
+/// Writes for which there is no room are left for a later round, and in each round there are new ones: once the
+/// cursor has come round twice, clients wait for the target.
+#[test]
+fn a_target_that_falls_behind_is_waited_for() {
+    let window = 128; // blocks: two chunks, of which one hangs
+    let mut options = Options { blocks: 64 * 256, ..Options::default() };
+    options.settings.resync_window_bytes = window * 4096;
+    let mut world = World::new(&options);
+    world.run(12);
+    world.crash(node(2));
+    world.run(20);
+    world.write(node(1), 500, false);
+    world.run(60);
+    world.start(node(2));
+    until_sent(&mut world, "copy");
+    hang(&mut world, 2, Hang::Write(500)); // the resync does not end meanwhile
+    hang(&mut world, 2, Hang::Write(1024));
+    world.zero_bytes(node(1), 1024 * BLOCK, 8 * u64::from(window) * BLOCK); // leaves room for nothing
+    world.settle();
+    for block in [5, 4] {
+        world.write(node(1), block, false);
+        world.settle();
+        world.run(2);
+        assert_eq!(world.waiting(node(1)), 0, "block {block}: nobody waits for a target yet");
+    }
+    let newest = world.write(node(1), 60, false);
+    hang(&mut world, 2, Hang::Write(60));
+    world.run(2);
+    assert_eq!(world.waiting(node(1)), 1, "each write is waited for from here on");
+    return_all(&mut world);
+    world.run(40);
+    assert!(world.all_in_sync(), "{:#?}", world.summary());
+    assert_eq!(world.nodes[&node(2)].disk.data[60], newest);
+}
+
 #[test]
 fn r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_under_way() {
     let mut world = resync_at("copy");
