@@ -13,7 +13,6 @@ use anyhow::{Context, Result};
 use blkrepl_nbd::NbdUri;
 use blkrepl_nbd::bench::{BenchOptions, Job, Pattern, run};
 use blkrepl_tests::cluster::{FAILOVER_LIMIT, SYNC_LIMIT};
-use blkrepl_tests::wait::wait_for;
 use blkrepl_tests::{Cluster, ClusterOptions};
 
 /// Bytes of each volume.
@@ -83,11 +82,8 @@ impl Fixture {
     pub fn start() -> Result<Self> {
         let cluster = Cluster::start(ClusterOptions::sized(SIZE))?;
         let primary = cluster.wait_primary(FAILOVER_LIMIT)?;
-        let size = SIZE.to_string();
-        cluster.cli(&primary, &["volume", "create", ALONE, "--size", &size, "--replicas", &primary])?.ok()?;
-        wait_for("the second volume", SYNC_LIMIT, || {
-            cluster.status_of(&primary)?.volume(ALONE)?.all_in_sync()
-        })?;
+        cluster.create_volume(ALONE, SIZE, &[&primary])?;
+        cluster.wait_volumes_in_sync(&primary, &[ALONE], SYNC_LIMIT)?;
         let fixture = Self { cluster };
         for replication in Replication::ALL {
             let fill = Runner { uri: fixture.uri(replication)?, load: Load::ALL[2], depth: 4 };
