@@ -1,4 +1,4 @@
-//! What the benches share, and the programs that measure blkrepl: [`floor`] and [`compare`].
+//! What the benches share, and the programs that measure blkrepl: [`floor`], [`compare`] and [`scale`].
 //!
 //! Here: a cluster of real processes with one volume on two nodes and one on a single node, the loads of the
 //! criterion benches, and the table of their results. The volume with one replica runs the same code with
@@ -6,6 +6,7 @@
 
 pub mod compare;
 pub mod floor;
+pub mod scale;
 
 use std::time::Duration;
 
