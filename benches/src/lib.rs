@@ -1,4 +1,4 @@
-//! What the benches share, and the programs that measure blkrepl: [`floor`] and [`compare`].
+//! What the benches share, and the programs that measure blkrepl: [`floor`], [`compare`] and [`scale`].
 //!
 //! Here: a cluster of real processes with one volume on two nodes and one on a single node, the loads of the
 //! criterion benches, and the table of their results. The volume with one replica runs the same code with
@@ -6,6 +6,7 @@
 
 pub mod compare;
 pub mod floor;
+pub mod scale;
 
 use std::time::Duration;
 
@@ -13,7 +14,6 @@ use anyhow::{Context, Result};
 use blkrepl_nbd::NbdUri;
 use blkrepl_nbd::bench::{BenchOptions, Job, Pattern, run};
 use blkrepl_tests::cluster::{FAILOVER_LIMIT, SYNC_LIMIT};
-use blkrepl_tests::wait::wait_for;
 use blkrepl_tests::{Cluster, ClusterOptions};
 
 /// Bytes of each volume.
@@ -83,11 +83,8 @@ impl Fixture {
     pub fn start() -> Result<Self> {
         let cluster = Cluster::start(ClusterOptions::sized(SIZE))?;
         let primary = cluster.wait_primary(FAILOVER_LIMIT)?;
-        let size = SIZE.to_string();
-        cluster.cli(&primary, &["volume", "create", ALONE, "--size", &size, "--replicas", &primary])?.ok()?;
-        wait_for("the second volume", SYNC_LIMIT, || {
-            cluster.status_of(&primary)?.volume(ALONE)?.all_in_sync()
-        })?;
+        cluster.create_volume(ALONE, SIZE, &[&primary])?;
+        cluster.wait_volumes_in_sync(&primary, &[ALONE], SYNC_LIMIT)?;
         let fixture = Self { cluster };
         for replication in Replication::ALL {
             let fill = Runner { uri: fixture.uri(replication)?, load: Load::ALL[2], depth: 4 };

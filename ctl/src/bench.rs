@@ -50,6 +50,7 @@ fn options(args: &BenchArgs) -> BenchOptions {
         count: args.count,
         offset: args.offset,
         area: args.area,
+        spread: None,
         seed: args.seed,
         pids: args.pids.clone(),
         destroys_data: args.destroys_data,

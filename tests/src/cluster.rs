@@ -23,6 +23,7 @@ use crate::netns::NetNs;
 use crate::plan::{self, NodePlan};
 use crate::proc::{self, Finished, Proc};
 use crate::status::{ClusterFile, NodeEntry, Status, VolumeStatus};
+use crate::usage::Memory;
 use crate::wait::{wait_for, wait_until};
 
 /// Longest time until a fresh cluster serves its volume.
@@ -361,6 +362,49 @@ impl Cluster {
         })
     }
 
+    /// Creates a volume with its first member on the first of `replicas`, once the cluster accepts it; nothing
+    /// if it exists.
+    ///
+    /// # Errors
+    /// After [`START_LIMIT`].
+    pub fn create_volume(&self, volume: &str, size: u64, replicas: &[&str]) -> Result<()> {
+        let first = replicas.first().ok_or_else(|| anyhow!("a volume without replicas"))?;
+        let (size, replicas) = (size.to_string(), replicas.join(","));
+        wait_for("the cluster to accept a volume", START_LIMIT, || {
+            if self.status_of(first)?.volume(volume).is_err() {
+                let args = ["volume", "create", volume, "--size", &size, "--replicas", &replicas];
+                self.cli(first, &args)?.ok()?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Waits until every replica of these volumes is in sync, as `node` sees it.
+    ///
+    /// # Errors
+    /// After `limit`, with what was missing.
+    pub fn wait_volumes_in_sync(&self, node: &str, volumes: &[&str], limit: Duration) -> Result<()> {
+        wait_for("the volumes in sync", limit, || {
+            let status = self.status_of(node)?;
+            volumes.iter().try_for_each(|volume| status.volume(volume)?.all_in_sync())
+        })
+    }
+
+    /// Waits until a node is no member of these volumes any more, as `seen_by` sees it.
+    ///
+    /// # Errors
+    /// After `limit`.
+    pub fn wait_removed(&self, seen_by: &str, volumes: &[&str], node: &str, limit: Duration) -> Result<()> {
+        wait_for("the member to be removed", limit, || {
+            let status = self.status_of(seen_by)?;
+            for volume in volumes {
+                let members = &status.volume(volume)?.in_sync;
+                ensure!(!members.iter().any(|member| member == node), "{node} is still a member of {volume}");
+            }
+            Ok(())
+        })
+    }
+
     /// The data node that is not primary.
     ///
     /// # Errors
@@ -389,17 +433,12 @@ impl Cluster {
         self.pid(&self.node(node)?).ok_or_else(|| anyhow!("{node} has no pid"))
     }
 
-    /// Bytes of memory that a node's process has resident.
+    /// Memory of a node's process.
     ///
     /// # Errors
     /// If it does not run.
-    pub fn resident_bytes(&self, node: &str) -> Result<u64> {
-        let pid = self.process(node)?;
-        let status =
-            fs::read_to_string(format!("/proc/{pid}/status")).context("read the process's status")?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kib = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());
-        kib.map(|kib| kib << 10).ok_or_else(|| anyhow!("no VmRSS of pid {pid}"))
+    pub fn memory(&self, node: &str) -> Result<Memory> {
+        Memory::of(self.process(node)?)
     }
 
     /// Sends a signal to a node's process.
@@ -613,17 +652,8 @@ impl Cluster {
 
     fn create_volume_once(&self) -> Result<()> {
         let data: Vec<String> = self.data_nodes()?.into_iter().map(|n| n.name).collect();
-        let first = data.first().ok_or_else(|| anyhow!("no data node"))?;
-        let size = self.options.size.to_string();
-        wait_for("the cluster to accept the volume", START_LIMIT, || {
-            if self.status_of(first)?.volume(&self.volume).is_ok() {
-                return Ok(());
-            }
-            let replicas = data.join(",");
-            let args = ["volume", "create", &self.volume, "--size", &size, "--replicas", &replicas];
-            self.cli(first, &args)?.ok()?;
-            Ok(())
-        })
+        let replicas: Vec<&str> = data.iter().map(String::as_str).collect();
+        self.create_volume(&self.volume, self.options.size, &replicas)
     }
 
     fn write_configs(&mut self, wire: impl FnOnce(&mut [NodePlan]) -> Result<()>) -> Result<()> {

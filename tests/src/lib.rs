@@ -23,6 +23,7 @@ pub mod proxy;
 pub mod report;
 pub mod scenario;
 pub mod status;
+pub mod usage;
 pub mod verify;
 pub mod wait;
 

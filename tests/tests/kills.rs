@@ -117,7 +117,7 @@ fn outage_with_default_timing_is_measured() {
             verifier.verify()?;
         }
         for node in cluster.nodes()? {
-            let mib = cluster.resident_bytes(&node.name)? as f64 / f64::from(1 << 20);
+            let mib = cluster.memory(&node.name)?.resident as f64 / f64::from(1 << 20);
             measured(
                 "resident",
                 &format!("{} ({}): {mib:.1} MiB (aim for a witness: 30)", node.name, node.kind),

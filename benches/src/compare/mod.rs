@@ -12,6 +12,7 @@
 //! peers     the others
 //! quiet     processors kept from idling
 //! enters    io_uring_enter calls per write, with perf
+//! resync    the speed of a resync, and what clients notice of it (a program of its own)
 //! table     medians, ratios, text and JSON
 //! ```
 
@@ -20,6 +21,7 @@ mod jobs;
 mod own;
 mod peers;
 mod quiet;
+mod resync;
 mod subject;
 mod table;
 
@@ -34,6 +36,8 @@ use tempfile::TempDir;
 use jobs::{JOBS, NamedJob};
 use subject::Subject;
 use table::{Cell, PlaceResults};
+
+pub use resync::{ResyncOptions, resync};
 
 /// Load before a measurement begins.
 const WARM_UP: Duration = Duration::from_millis(300);

@@ -98,36 +98,17 @@ pub(super) fn start_blkrepl(dir: &Path, options: &CompareOptions) -> Result<Vec<
         base: Some(base),
         ..ClusterOptions::by_hand(options.size, 3)
     })?;
-    let size = options.size.to_string();
-    for (volume, replicas) in BLKREPL_NAMES.into_iter().zip(["n1,n2", "n1,n3", "n1"]) {
-        wait_for("the cluster to accept a volume", START_LIMIT, || {
-            if cluster.status_of(PRIMARY)?.volume(volume).is_err() {
-                let args = ["volume", "create", volume, "--size", &size, "--replicas", replicas];
-                cluster.cli(PRIMARY, &args)?.ok()?;
-            }
-            Ok(())
-        })?;
+    for (volume, replicas) in BLKREPL_NAMES.into_iter().zip([&["n1", "n2"][..], &["n1", "n3"], &["n1"]]) {
+        cluster.create_volume(volume, options.size, replicas)?;
     }
-    for volume in BLKREPL_NAMES {
-        wait_for("the volumes in sync", SYNC_LIMIT, || {
-            cluster.status_of(PRIMARY)?.volume(volume)?.all_in_sync()
-        })?;
-    }
+    cluster.wait_volumes_in_sync(PRIMARY, &BLKREPL_NAMES, SYNC_LIMIT)?;
     cluster.stop_node(STOPPED)?;
-    wait_for("the volume to be degraded", SYNC_LIMIT, || {
-        let status = cluster.status_of(PRIMARY)?;
-        for volume in BLKREPL_NAMES {
-            let volume = status.volume(volume)?;
-            ensure!(
-                volume.primary.as_deref() == Some(PRIMARY),
-                "{} has primary {:?}",
-                volume.name,
-                volume.primary
-            );
-            ensure!(!volume.in_sync.iter().any(|node| node == STOPPED), "{STOPPED} is still a member");
-        }
-        Ok(())
-    })?;
+    cluster.wait_removed(PRIMARY, &BLKREPL_NAMES, STOPPED, SYNC_LIMIT)?;
+    let status = cluster.status_of(PRIMARY)?;
+    for volume in BLKREPL_NAMES {
+        let primary = &status.volume(volume)?.primary;
+        ensure!(primary.as_deref() == Some(PRIMARY), "{volume} has primary {primary:?}");
+    }
     subjects(cluster, options.transport)
 }
 

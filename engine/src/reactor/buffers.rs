@@ -9,7 +9,10 @@
 //! then stops reading from clients (back-pressure, never loss). Operations of the replica itself
 //! (resync, repair, metadata, peers) are bounded by the core and may always allocate.
 //!
-//! Part of the memory is one arena that is registered with the ring when the system allows that.
+//! Part of the memory is one arena in pieces of [`PIECE_LEN`], each of which the ring registers when a disk
+//! operation first uses it: registered memory is resident, and an idle volume shall not take what a busy one
+//! needs. Free memory outside the arena that was of no use for a while goes back to the system
+//! ([`Buffers::trim`]).
 //!
 //! Never does: I/O, or knowing what the bytes mean. Content of a new buffer is undefined (old block
 //! content or zeroes), but always initialised memory.
@@ -24,7 +27,7 @@ use crate::wire::{BufId, PAYLOAD_BYTES_MAX};
 pub(super) const ALIGN: usize = 4096;
 /// Most bytes of client requests (write payload on its way in, read data on its way out) per volume.
 pub(super) const BUFFER_BYTES_MAX: u64 = 256 << 20;
-/// Most bytes of free buffers kept for reuse; more are given back to the system.
+/// Most bytes of free buffers kept for reuse; more are given back to the system at once.
 const FREE_BYTES_MAX: usize = 64 << 20;
 /// Largest power-of-two class; one more class holds the largest payload.
 const CLASS_POW2_MAX: usize = 32 << 20;
@@ -32,6 +35,8 @@ const CLASS_POW2_MAX: usize = 32 << 20;
 const CLASSES: usize = (CLASS_POW2_MAX / ALIGN).trailing_zeros() as usize + 2;
 /// Buffers up to this size come from the arena while it lasts.
 const ARENA_BUFFER_MAX: usize = 256 << 10;
+/// Bytes of the arena that are registered together; no buffer lies in two pieces.
+pub(super) const PIECE_LEN: usize = ARENA_BUFFER_MAX;
 
 const _: () = assert!(PAYLOAD_BYTES_MAX as usize >= CLASS_POW2_MAX);
 const _: () = assert!((PAYLOAD_BYTES_MAX as usize).is_multiple_of(ALIGN));
@@ -42,8 +47,8 @@ struct Memory {
     start: NonNull<u8>,
     /// Bytes: the size of its class.
     len: usize,
-    /// Part of the arena: registered with the ring, never unmapped on its own.
-    arena: bool,
+    /// The piece of the arena that it is part of: never unmapped on its own.
+    piece: Option<u16>,
 }
 
 #[derive(Debug)]
@@ -63,6 +68,9 @@ pub(super) struct Buffers {
     vacant: Vec<u32>,
     free: [Vec<Memory>; CLASSES],
     free_bytes: usize,
+    /// Free bytes outside the arena, and the least there were since the last [`Buffers::trim`].
+    spare: usize,
+    spare_min: usize,
     client_bytes: u64,
     arena: Option<Arena>,
 }
@@ -72,6 +80,23 @@ struct Arena {
     start: NonNull<u8>,
     len: usize,
     used: usize,
+}
+
+impl Arena {
+    /// Memory for a buffer of one of the classes, while there is room. What is left of a piece that it does
+    /// not fit into stays unused.
+    fn take(&mut self, len: usize) -> Option<Memory> {
+        let left = PIECE_LEN - self.used % PIECE_LEN;
+        let start = if len <= left { self.used } else { self.used + left };
+        if len > ARENA_BUFFER_MAX || start + len > self.len {
+            return None;
+        }
+        self.used = start + len;
+        let piece = Some(u16::try_from(start / PIECE_LEN).expect("an arena of fewer than 2^16 pieces"));
+        // SAFETY: `start + len` stays within the arena's one mapping.
+        let start = unsafe { self.start.add(start) };
+        Some(Memory { start, len, piece })
+    }
 }
 
 /// Class of a buffer of `len` bytes.
@@ -116,23 +141,34 @@ fn unmap(start: NonNull<u8>, len: usize) {
 }
 
 impl Buffers {
-    /// An empty pool with an arena of `arena_len` bytes (rounded to whole buffers; 0: none).
+    /// An empty pool with an arena of `arena_len` bytes (rounded to whole pieces; 0: none).
     pub(super) fn new(arena_len: usize) -> Self {
-        let len = arena_len / ARENA_BUFFER_MAX * ARENA_BUFFER_MAX;
+        let len = arena_len / PIECE_LEN * PIECE_LEN;
         let arena = (len > 0).then(|| Arena { start: map(len), len, used: 0 });
         Self {
             slots: Vec::new(),
             vacant: Vec::new(),
             free: std::array::from_fn(|_| Vec::new()),
             free_bytes: 0,
+            spare: 0,
+            spare_min: 0,
             client_bytes: 0,
             arena,
         }
     }
 
-    /// Start and length of the arena, for registration.
-    pub(super) fn arena(&self) -> Option<(NonNull<u8>, usize)> {
-        self.arena.as_ref().map(|a| (a.start, a.len))
+    /// Number of pieces of the arena.
+    pub(super) fn pieces(&self) -> u16 {
+        let pieces = self.arena.as_ref().map_or(0, |arena| arena.len / PIECE_LEN);
+        u16::try_from(pieces).expect("an arena of fewer than 2^16 pieces")
+    }
+
+    /// Start of a piece of the arena, for its registration; it is [`PIECE_LEN`] bytes long.
+    pub(super) fn piece(&self, piece: u16) -> *mut u8 {
+        assert!(piece < self.pieces(), "piece {piece} of {}", self.pieces());
+        let arena = self.arena.as_ref().expect("an arena has pieces");
+        // SAFETY: the piece lies within the arena's one mapping, as was just checked.
+        unsafe { arena.start.add(usize::from(piece) * PIECE_LEN) }.as_ptr()
     }
 
     /// A buffer of `len` bytes with one reference, the caller's. At most the largest payload.
@@ -140,7 +176,7 @@ impl Buffers {
         let class = class_of(len);
         let memory = match self.free[class].pop() {
             Some(memory) => {
-                self.free_bytes -= memory.len;
+                self.taken(&memory);
                 memory
             }
             None => self.fresh(class_len(class)),
@@ -155,16 +191,43 @@ impl Buffers {
     }
 
     fn fresh(&mut self, len: usize) -> Memory {
-        if let Some(arena) = self.arena.as_mut()
-            && len <= ARENA_BUFFER_MAX
-            && arena.used + len <= arena.len
-        {
-            // SAFETY: `used + len` stays within the arena's one mapping.
-            let start = unsafe { arena.start.add(arena.used) };
-            arena.used += len;
-            return Memory { start, len, arena: true };
+        if let Some(memory) = self.arena.as_mut().and_then(|arena| arena.take(len)) {
+            return memory;
         }
-        Memory { start: map(len), len, arena: false }
+        Memory { start: map(len), len, piece: None }
+    }
+
+    /// A free buffer came into use.
+    fn taken(&mut self, memory: &Memory) {
+        self.free_bytes -= memory.len;
+        if memory.piece.is_none() {
+            self.spare -= memory.len;
+            self.spare_min = self.spare_min.min(self.spare);
+        }
+    }
+
+    /// Gives back to the system what lay free, outside the arena, ever since the last call. So a volume that
+    /// rests after a load keeps nothing of it, and one under load keeps what it uses again and again.
+    pub(super) fn trim(&mut self) {
+        let mut unused = self.spare_min;
+        for class in (0..CLASSES).rev() {
+            let mut at = self.free[class].len();
+            while at > 0 && unused >= class_len(class) {
+                at -= 1;
+                if self.free[class][at].piece.is_none() {
+                    let memory = self.free[class].swap_remove(at);
+                    unused -= memory.len;
+                    self.taken(&memory);
+                    unmap(memory.start, memory.len);
+                }
+            }
+        }
+        self.spare_min = self.spare;
+    }
+
+    /// Whether there is anything that a later [`Buffers::trim`] may give back.
+    pub(super) fn has_spare(&self) -> bool {
+        self.spare > 0
     }
 
     fn slot(&self, id: BufId) -> &Slot {
@@ -198,9 +261,12 @@ impl Buffers {
     }
 
     fn give_back(&mut self, memory: Memory) {
-        if !memory.arena && self.free_bytes + memory.len > FREE_BYTES_MAX {
-            unmap(memory.start, memory.len);
-            return;
+        if memory.piece.is_none() {
+            if self.free_bytes + memory.len > FREE_BYTES_MAX {
+                unmap(memory.start, memory.len);
+                return;
+            }
+            self.spare += memory.len;
         }
         self.free_bytes += memory.len;
         self.free[class_of(memory.len)].push(memory);
@@ -227,8 +293,8 @@ impl Buffers {
         unsafe { std::slice::from_raw_parts_mut(slot.memory.start.as_ptr(), slot.len) }
     }
 
-    /// Address of `offset` in the buffer, of which `len` bytes follow; and whether it is registered.
-    pub(super) fn address(&self, id: BufId, offset: usize, len: usize) -> (*mut u8, bool) {
+    /// Address of `offset` in the buffer, of which `len` bytes follow; and the piece of the arena it lies in.
+    pub(super) fn address(&self, id: BufId, offset: usize, len: usize) -> (*mut u8, Option<u16>) {
         let slot = self.slot(id);
         assert!(
             offset.checked_add(len).is_some_and(|end| end <= slot.len),
@@ -237,7 +303,7 @@ impl Buffers {
         );
         // SAFETY: `offset` lies within the mapping, as was just checked.
         let start = unsafe { slot.memory.start.as_ptr().add(offset) };
-        (start, slot.memory.arena)
+        (start, slot.memory.piece)
     }
 
     #[expect(clippy::needless_pass_by_ref_mut, reason = "keeps every slice of the target away")]
@@ -285,7 +351,7 @@ impl Drop for Buffers {
     fn drop(&mut self) {
         let used = self.slots.iter_mut().filter_map(Option::take).map(|slot| slot.memory);
         let free = self.free.iter_mut().flat_map(std::mem::take);
-        for memory in used.chain(free).filter(|m| !m.arena) {
+        for memory in used.chain(free).filter(|m| m.piece.is_none()) {
             unmap(memory.start, memory.len);
         }
         if let Some(arena) = self.arena.take() {
@@ -340,11 +406,47 @@ mod tests {
         let mut buffers = Buffers::new(ARENA_BUFFER_MAX);
         let a = buffers.alloc(ARENA_BUFFER_MAX);
         let b = buffers.alloc(4096);
-        assert!(buffers.address(a, 0, 1).1);
-        assert!(!buffers.address(b, 0, 1).1);
+        assert_eq!(buffers.address(a, 0, 1).1, Some(0));
+        assert_eq!(buffers.address(b, 0, 1).1, None);
         buffers.release(a);
         let c = buffers.alloc(ARENA_BUFFER_MAX);
-        assert!(buffers.address(c, 0, 1).1, "arena memory is reused");
+        assert_eq!(buffers.address(c, 0, 1).1, Some(0), "arena memory is reused");
+    }
+
+    #[test]
+    fn a_buffer_lies_in_one_piece_of_the_arena() {
+        let mut buffers = Buffers::new(3 * PIECE_LEN + 1);
+        assert_eq!(buffers.pieces(), 3);
+        let pieces = [4096, PIECE_LEN, 4096, 8192, PIECE_LEN].map(|len| {
+            let buf = buffers.alloc(len);
+            let (start, piece) = buffers.address(buf, 0, len);
+            if let Some(piece) = piece {
+                let first = buffers.piece(piece) as usize;
+                assert!(start as usize >= first && start as usize + len <= first + PIECE_LEN, "{len}");
+            }
+            piece
+        });
+        assert_eq!(pieces, [Some(0), Some(1), Some(2), Some(2), None]);
+    }
+
+    #[test]
+    fn what_was_of_no_use_between_two_trims_goes_back_to_the_system() {
+        let mut buffers = Buffers::new(PIECE_LEN);
+        let kept = buffers.alloc(PIECE_LEN);
+        let all: Vec<BufId> = (0..8).map(|_| buffers.alloc(1 << 20)).collect();
+        all.into_iter().for_each(|buf| buffers.release(buf));
+        buffers.release(kept);
+        assert_eq!(buffers.spare, 8 << 20);
+        // All of it was in use since the start.
+        buffers.trim();
+        assert_eq!(buffers.spare, 8 << 20);
+        let three: Vec<BufId> = (0..3).map(|_| buffers.alloc(1 << 20)).collect();
+        three.into_iter().for_each(|buf| buffers.release(buf));
+        buffers.trim();
+        assert_eq!(buffers.spare, 3 << 20);
+        buffers.trim();
+        assert!(!buffers.has_spare());
+        assert_eq!(buffers.free_bytes, PIECE_LEN, "the arena stays");
     }
 
     #[test]

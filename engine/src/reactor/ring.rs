@@ -24,7 +24,7 @@ use io_uring::{IoUring, Probe, cqueue, opcode, types};
 use crate::replica::{ConnId, DiskOpId};
 use crate::wire::{BufId, SessionId};
 
-use super::buffers::Buffers;
+use super::buffers::{Buffers, PIECE_LEN};
 use super::error::ReactorError;
 use super::outgoing::Message;
 
@@ -34,8 +34,6 @@ pub(super) const RING_ENTRIES: u32 = 256;
 const COMPLETIONS_PER_ENTRY: u32 = 16;
 /// `IORING_RECVSEND_POLL_FIRST`: do not try before the socket is readable.
 const POLL_FIRST: u16 = 1;
-/// Index of the arena among registered buffers.
-const ARENA_INDEX: u16 = 0;
 
 /// Whose operation completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,7 +113,10 @@ pub(super) struct Io {
     ring: ManuallyDrop<Ring>,
     /// The buffers.
     pub(super) buffers: ManuallyDrop<Buffers>,
-    arena_registered: bool,
+    /// Which pieces of the arena are registered.
+    registered: Vec<bool>,
+    /// No more of them can be.
+    refused: bool,
 }
 
 /// Sets up a ring, with the flags for a single thread where the kernel knows them.
@@ -279,27 +280,51 @@ impl Ring {
 }
 
 impl Io {
-    /// A ring and a pool; `arena_len` bytes of the pool are registered if the system allows that.
+    /// A ring and a pool; up to `arena_len` bytes of the pool are registered, piece by piece as they come into
+    /// use, if the system allows that.
     pub(super) fn new(entries: u32, arena_len: usize) -> Result<Self, ReactorError> {
         let ring = Ring::new(entries)?;
-        let mut buffers = Buffers::new(arena_len);
-        let mut arena_registered = false;
-        if let Some((start, len)) = buffers.arena() {
-            let region = libc::iovec { iov_base: start.as_ptr().cast(), iov_len: len };
-            // SAFETY: the arena stays mapped until `buffers` is dropped, which is after the ring.
-            match unsafe { ring.uring.submitter().register_buffers(&[region]) } {
-                Ok(()) => arena_registered = true,
-                Err(error) => {
-                    tracing::warn!(
-                        %error, bytes = len,
-                        "buffers are not registered with io_uring (a little slower): raise RLIMIT_MEMLOCK \
-                         (`ulimit -l`, or LimitMEMLOCK= in the systemd unit) to change that"
-                    );
-                    buffers = Buffers::new(0);
-                }
+        let buffers = Buffers::new(arena_len);
+        let pieces = buffers.pieces();
+        let mut refused = false;
+        if pieces > 0
+            && let Err(error) = ring.uring.submitter().register_buffers_sparse(u32::from(pieces))
+        {
+            // Linux before 5.19 knows no table of buffers that are named later.
+            tracing::warn!(%error, "buffers are not registered with io_uring (a little slower)");
+            refused = true;
+        }
+        let registered = vec![false; usize::from(pieces)];
+        let (ring, buffers) = (ManuallyDrop::new(ring), ManuallyDrop::new(buffers));
+        Ok(Self { ring, buffers, registered, refused })
+    }
+
+    /// The index under which the kernel knows a piece of the arena, which it gets with its first use.
+    fn index_of(&mut self, piece: Option<u16>) -> Option<u16> {
+        let piece = piece?;
+        let known = self.registered[usize::from(piece)] || (!self.refused && self.register(piece));
+        known.then_some(piece)
+    }
+
+    /// Names a piece to the kernel. What is refused once is not asked for again.
+    #[cold]
+    fn register(&mut self, piece: u16) -> bool {
+        let region = libc::iovec { iov_base: self.buffers.piece(piece).cast(), iov_len: PIECE_LEN };
+        // SAFETY: the arena stays mapped until `buffers` is dropped, which is after the ring.
+        let done =
+            unsafe { self.ring.uring.submitter().register_buffers_update(u32::from(piece), &[region], None) };
+        match done {
+            Ok(()) => self.registered[usize::from(piece)] = true,
+            Err(error) => {
+                self.refused = true;
+                tracing::warn!(
+                    %error, bytes = self.registered.iter().filter(|known| **known).count() * PIECE_LEN,
+                    "no more buffers are registered with io_uring (a little slower): raise RLIMIT_MEMLOCK \
+                     (`ulimit -l`, or LimitMEMLOCK= in the systemd unit) to change that"
+                );
             }
         }
-        Ok(Self { ring: ManuallyDrop::new(ring), buffers: ManuallyDrop::new(buffers), arena_registered })
+        !self.refused
     }
 
     /// Operations that have not completed.
@@ -327,10 +352,10 @@ impl Io {
 
     /// Reads from `file` at byte `at` into a span.
     pub(super) fn read(&mut self, file: &Rc<OwnedFd>, span: Span, at: u64, token: Token) {
-        let (start, arena) = self.buffers.address(span.buf, span.start, span.len);
+        let (start, piece) = self.buffers.address(span.buf, span.start, span.len);
         let (fd, len) = (types::Fd(file.as_raw_fd()), span_len(span));
-        let entry = if arena && self.arena_registered {
-            opcode::ReadFixed::new(fd, start, len, ARENA_INDEX).offset(at).build()
+        let entry = if let Some(index) = self.index_of(piece) {
+            opcode::ReadFixed::new(fd, start, len, index).offset(at).build()
         } else {
             opcode::Read::new(fd, start, len).offset(at).build()
         };
@@ -339,12 +364,12 @@ impl Io {
 
     /// Writes a span to `file` at byte `at`; `durable`: on stable storage before it completes.
     pub(super) fn write(&mut self, file: &Rc<OwnedFd>, span: Span, at: u64, durable: bool, token: Token) {
-        let (start, arena) = self.buffers.address(span.buf, span.start, span.len);
+        let (start, piece) = self.buffers.address(span.buf, span.start, span.len);
         let (fd, len) = (types::Fd(file.as_raw_fd()), span_len(span));
         let flags = if durable { libc::RWF_DSYNC } else { 0 };
         let start = start.cast_const();
-        let entry = if arena && self.arena_registered {
-            opcode::WriteFixed::new(fd, start, len, ARENA_INDEX).offset(at).rw_flags(flags).build()
+        let entry = if let Some(index) = self.index_of(piece) {
+            opcode::WriteFixed::new(fd, start, len, index).offset(at).rw_flags(flags).build()
         } else {
             opcode::Write::new(fd, start, len).offset(at).rw_flags(flags).build()
         };
@@ -537,17 +562,33 @@ mod tests {
             let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
             let len = 64 << 20;
             let mut io = Io::new(8, len).unwrap();
+            let zero = Rc::new(OwnedFd::from(std::fs::File::open("/dev/zero").unwrap()));
+            for _ in 0..len / PIECE_LEN {
+                let buf = io.buffers.alloc(PIECE_LEN);
+                io.read(&zero, Span { buf, start: 0, len: 4096 }, 0, Token::Wake);
+                assert_eq!(turn(&mut io, Duration::from_secs(5))[0].result, 4096);
+            }
+            let registered = io.registered.iter().filter(|known| **known).count() * PIECE_LEN;
             if limit.is_some_and(|limit| limit < len as u64) {
-                assert!(!io.arena_registered, "more was registered than the limit allows");
+                assert!(registered as u64 <= limit.unwrap(), "more was registered than the limit allows");
             } else {
                 eprintln!("partly skipped: the limit on locked memory is {limit:?}, higher than tested");
             }
-            let buf = io.buffers.alloc(4096);
-            let zero = Rc::new(OwnedFd::from(std::fs::File::open("/dev/zero").unwrap()));
-            io.read(&zero, Span { buf, start: 0, len: 4096 }, 0, Token::Wake);
-            turn(&mut io, Duration::from_secs(5))[0].result
         });
-        assert_eq!(works.join().unwrap(), 4096);
+        works.join().unwrap();
+    }
+
+    #[test]
+    fn only_what_is_used_is_registered() {
+        let mut io = Io::new(8, 4 * PIECE_LEN).unwrap();
+        let zero = Rc::new(OwnedFd::from(std::fs::File::open("/dev/zero").unwrap()));
+        assert_eq!(io.registered, [false; 4]);
+        for _ in 0..2 {
+            let buf = io.buffers.alloc(4096);
+            io.read(&zero, Span { buf, start: 0, len: 4096 }, 0, Token::Wake);
+            assert_eq!(turn(&mut io, Duration::from_secs(5))[0].result, 4096);
+        }
+        assert_eq!(io.registered, [true, false, false, false]);
     }
 
     /// The kernel's refusal, produced for this thread alone by a seccomp filter.

@@ -37,6 +37,8 @@ use super::ring::{Completion, Hold, Io, Token};
 
 /// Shortest time between two published statuses that differ in numbers only.
 const STATUS_INTERVAL: Duration = Duration::from_millis(50);
+/// How long memory lies free before it goes back to the system, at least.
+const TRIM_INTERVAL: Duration = Duration::from_secs(2);
 /// How long a clean stop waits for the last answers and frames to leave.
 const LINGER_MAX: Duration = Duration::from_millis(500);
 /// How long the end waits for the kernel to give back what it has; then that memory is kept for ever.
@@ -79,6 +81,8 @@ pub(super) struct Volume<C> {
     pending: VecDeque<Input>,
     board: StatusBoard,
     stopped: bool,
+    /// When free memory is looked at next.
+    trim_at: Nanos,
     /// Only for the mutation of [R27]: when the present turn began to wait.
     began: Nanos,
 }
@@ -111,6 +115,7 @@ impl<C: Core> Volume<C> {
             pending: VecDeque::new(),
             board: StatusBoard { last, at: now, touched: true, urgent: true },
             stopped: false,
+            trim_at: now.after(TRIM_INTERVAL),
             began: now,
         })
     }
@@ -152,7 +157,8 @@ impl<C: Core> Volume<C> {
     /// How long the next turn may wait.
     fn timeout(&self) -> Option<Duration> {
         let status = self.board.touched.then(|| self.board.at.after(STATUS_INTERVAL));
-        let deadlines = [self.core.poll_deadline(), self.clients.deadline(), status];
+        let trim = self.io.buffers.has_spare().then_some(self.trim_at);
+        let deadlines = [self.core.poll_deadline(), self.clients.deadline(), status, trim];
         deadlines.into_iter().flatten().min().map(|at| at.since(boottime_now()))
     }
 
@@ -411,6 +417,10 @@ impl<C: Core> Volume<C> {
             self.board.touched = true;
             self.board.urgent = true;
             self.core.handle_tick(now);
+        }
+        if self.trim_at <= now {
+            self.trim_at = now.after(TRIM_INTERVAL);
+            self.io.buffers.trim();
         }
         self.settle();
     }

@@ -53,6 +53,29 @@ impl Job {
     }
 }
 
+/// The area in pieces with room between them, so that little is touched of much.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spread {
+    /// Bytes of a piece: a multiple of the job's block size.
+    pub piece: u64,
+    /// Bytes from the start of a piece to the start of the next.
+    pub distance: u64,
+}
+
+impl Spread {
+    /// From the first byte to the end of the last piece of `area` bytes in all. The last piece counts as whole.
+    #[must_use]
+    pub fn reach(self, area: u64) -> u64 {
+        let pieces = area.div_ceil(self.piece).max(1);
+        (pieces - 1).saturating_mul(self.distance).saturating_add(self.piece)
+    }
+
+    /// Where a byte of the area lies, from the first one on.
+    fn place(self, at: u64) -> u64 {
+        at / self.piece * self.distance + at % self.piece
+    }
+}
+
 /// Numbers that look random (SplitMix64).
 #[derive(Clone, Debug)]
 pub(super) struct Random(u64);
@@ -90,6 +113,7 @@ pub(super) struct Places {
     job: Job,
     start: u64,
     blocks: u64,
+    spread: Option<Spread>,
     cursor: u64,
     random: Random,
 }
@@ -99,7 +123,12 @@ impl Places {
     pub(super) fn new(job: Job, start: u64, area: u64, seed: u64) -> Self {
         let blocks = area / u64::from(job.block_size);
         assert!(blocks > 0, "an area of {area} bytes was let through for blocks of {}", job.block_size);
-        Self { job, start, blocks, cursor: 0, random: Random::new(seed) }
+        Self { job, start, blocks, spread: None, cursor: 0, random: Random::new(seed) }
+    }
+
+    /// The same blocks, in pieces with room between them.
+    pub(super) fn spread(self, spread: Option<Spread>) -> Self {
+        Self { spread, ..self }
     }
 
     pub(super) fn next(&mut self) -> Place {
@@ -116,7 +145,8 @@ impl Places {
             100 => true,
             percent => self.random.below(100) < u64::from(percent),
         };
-        Place { offset: self.start + block * u64::from(self.job.block_size), reads }
+        let at = block * u64::from(self.job.block_size);
+        Place { offset: self.start + self.spread.map_or(at, |spread| spread.place(at)), reads }
     }
 }
 
@@ -143,6 +173,17 @@ mod tests {
         let mut places = Places::new(job, 100, 3 * 512, 1);
         let offsets: Vec<u64> = (0..5).map(|_| places.next().offset).collect();
         assert_eq!(offsets, [100, 612, 1124, 100, 612]);
+    }
+
+    #[test]
+    fn a_spread_area_is_touched_in_its_pieces_alone() {
+        let job = Job { pattern: Pattern::Sequential, ..Job::default() };
+        let spread = Spread { piece: 8192, distance: 1 << 20 };
+        let mut places = Places::new(job, 4096, 4 * 4096, 1).spread(Some(spread));
+        let offsets: Vec<u64> = (0..5).map(|_| places.next().offset).collect();
+        assert_eq!(offsets, [4096, 8192, 4096 + (1 << 20), 8192 + (1 << 20), 4096]);
+        assert_eq!(spread.reach(4 * 4096), (1 << 20) + 8192);
+        assert_eq!(spread.reach(8192), 8192);
     }
 
     #[test]

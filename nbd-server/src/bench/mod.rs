@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 pub use cpu::CpuMeter;
-pub use job::{Job, Pattern};
+pub use job::{Job, Pattern, Spread};
 pub use report::{BenchReport, LatencyReport};
 
 use crate::client::{ClientOptions, ExportFacts, NbdError, connect_raw};
@@ -68,6 +68,8 @@ pub struct BenchOptions {
     pub offset: u64,
     /// Bytes from there on that are touched; all there are if not given.
     pub area: Option<u64>,
+    /// How the area lies, if not in one piece; its pieces have to fit.
+    pub spread: Option<Spread>,
     /// Decides the random places and the content.
     pub seed: u64,
     /// Processes of the server, whose CPU time is measured.
@@ -89,6 +91,7 @@ impl BenchOptions {
             count: None,
             offset: 0,
             area: None,
+            spread: None,
             seed: 1,
             pids: Vec::new(),
             destroys_data: false,
@@ -114,7 +117,7 @@ pub fn run(uri: &NbdUri, options: &BenchOptions) -> Result<BenchReport, NbdError
     let facts = facts.ok_or_else(|| usage("at least one connection is needed"))?;
     let area = check_export(options, &facts)?;
     let payload = content(options.seed, options.job.block_size as usize);
-    let places = Places::new(options.job, options.offset, area, options.seed);
+    let places = Places::new(options.job, options.offset, area, options.seed).spread(options.spread);
     let mut recorder = Recorder::new(options, places, CpuMeter::new(&options.pids)?)?;
     let mut connections: Vec<_> =
         socks.iter().map(|_| Connection::new(options.job, options.depth, &payload)).collect();
@@ -209,6 +212,14 @@ fn check_options(options: &BenchOptions) -> Result<(), NbdError> {
     if job.read_percent > 100 {
         return Err(usage("more than 100 % reads"));
     }
+    if let Some(Spread { piece, distance }) = options.spread
+        && (piece == 0 || !piece.is_multiple_of(u64::from(job.block_size)) || distance < piece)
+    {
+        return Err(usage(format!(
+            "pieces of {piece} bytes every {distance}, in blocks of {}",
+            job.block_size
+        )));
+    }
     if options.connections == 0 || options.connections > CONNECTIONS_MAX {
         return Err(usage(format!("{} connections; 1 to {CONNECTIONS_MAX} are", options.connections)));
     }
@@ -226,7 +237,8 @@ fn check_export(options: &BenchOptions, facts: &ExportFacts) -> Result<u64, NbdE
     let job = &options.job;
     let left = facts.size.saturating_sub(options.offset);
     let area = options.area.unwrap_or(left);
-    if area > left || area < u64::from(job.block_size) {
+    let reach = options.spread.map_or(area, |spread| spread.reach(area));
+    if reach > left || area < u64::from(job.block_size) {
         return Err(usage(format!(
             "an area of {area} bytes from byte {} on, in blocks of {}: the export has {} bytes",
             options.offset, job.block_size, facts.size
@@ -295,7 +307,7 @@ mod tests {
     #[test]
     fn what_cannot_be_done_is_refused_before_it_is_tried() {
         type Change = fn(&mut BenchOptions);
-        let wrong: [Change; 9] = [
+        let wrong: [Change; 12] = [
             |o| o.connections = 0,
             |o| o.connections = CONNECTIONS_MAX + 1,
             |o| o.depth = 0,
@@ -304,6 +316,9 @@ mod tests {
             |o| o.job.block_size = BLOCK_SIZE_MAX + 1,
             |o| o.job.read_percent = 101,
             |o| o.time = Duration::ZERO,
+            |o| o.spread = Some(Spread { piece: 0, distance: 4096 }),
+            |o| o.spread = Some(Spread { piece: 6144, distance: 1 << 20 }),
+            |o| o.spread = Some(Spread { piece: 8192, distance: 4096 }),
             |o| o.warm_up = TIME_MAX + Duration::from_secs(1),
         ];
         for change in wrong {
@@ -317,8 +332,9 @@ mod tests {
     fn the_area_and_the_request_have_to_fit_the_export() {
         assert_eq!(check_export(&write_options(), &facts()).unwrap(), 1 << 20);
         type Change = fn(&mut BenchOptions, &mut ExportFacts);
-        let wrong: [Change; 8] = [
+        let wrong: [Change; 9] = [
             |o, _| o.area = Some((1 << 20) + 1),
+            |o, _| (o.area, o.spread) = (Some(8192), Some(Spread { piece: 4096, distance: 1 << 20 })),
             |o, _| o.offset = 1 << 20,
             |o, _| o.area = Some(4095),
             |o, _| o.job.block_size = 131_072,

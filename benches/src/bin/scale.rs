@@ -1,0 +1,64 @@
+//! `scale`: what blkrepl costs against volume size, depth, dirty blocks and number of volumes. What it does:
+//! `blkrepl_benches::scale`.
+//!
+//! `cargo run --release -p blkrepl-benches --bin scale -- --help`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use blkrepl_benches::scale::{ScaleOptions, parts, scale};
+use clap::Parser;
+
+/// Measures what blkrepl costs as volumes, depth, dirty blocks and the number of volumes grow.
+#[derive(Parser)]
+struct Cli {
+    /// Only parts whose name contains this; may be repeated.
+    #[arg(long, value_name = "PART")]
+    only: Vec<String>,
+    /// Less of everything: whether it works, not what comes out.
+    #[arg(long)]
+    quick: bool,
+    /// Measured seconds of each load, all its rounds together.
+    #[arg(long, default_value_t = 1.5)]
+    seconds: f64,
+    /// Where the files lie; they are sparse, but a volume of 16 TiB has over 2 GiB of metadata.
+    #[arg(long, default_value = "/dev/shm")]
+    dir: PathBuf,
+    /// Also write pictures (SVG) to this directory.
+    #[arg(long, value_name = "DIR")]
+    pictures: Option<PathBuf>,
+    /// Also write all figures to this file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Print the names of the parts.
+    #[arg(long)]
+    list: bool,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if cli.list {
+        parts().for_each(|name| println!("{name}"));
+        return ExitCode::SUCCESS;
+    }
+    let Ok(time) = Duration::try_from_secs_f64(cli.seconds) else {
+        eprintln!("scale: {} is not a number of seconds", cli.seconds);
+        return ExitCode::from(2);
+    };
+    let options = ScaleOptions {
+        only: cli.only,
+        quick: cli.quick,
+        dir: cli.dir,
+        pictures: cli.pictures,
+        json: cli.json,
+        time,
+    };
+    match scale(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("scale: {reason:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
