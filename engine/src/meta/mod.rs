@@ -23,6 +23,7 @@
 
 mod bitmap;
 mod bitmap_disk;
+mod coarse;
 mod group;
 mod image;
 mod layout;
@@ -30,6 +31,7 @@ mod page;
 mod superblock;
 
 pub use bitmap::{PagedBitmap, RunOutside};
+pub use coarse::coarse_runs;
 pub use image::{Image, ImageError, ReadAt};
 pub use layout::{Area, AreaLayout, GROUP_BITS, Layout, META_GROUP_LEN, META_PAGE_LEN, PAGES_PER_GROUP};
 #[cfg(test)]

@@ -9,9 +9,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::meta::{Area, Image, Layout, PagedBitmap, Superblock};
+use crate::meta::{Area, Image, Layout, PagedBitmap, Superblock, coarse_runs};
 use crate::types::{BlockRange, ReplicaSlot, SuperblockTrust};
 use crate::wire::Run;
+
+/// Runs per TiB of volume of a list of blocks that is sent to a peer: 2 MiB of memory, while the bitmap itself takes 32.
+const RUNS_PER_TIB: usize = 1 << 17;
+/// log2 of the blocks of a TiB.
+const TIB_SHIFT: u32 = 28;
+/// Most runs of a list at all: who gets it takes no more.
+pub(super) const RUNS_MAX: usize = 1 << 22;
 
 /// A page group of one area. Ordered, so that writes come out in a fixed order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -137,21 +144,26 @@ impl MetaStore {
         self.dirty.get_mut(&slot)
     }
 
-    /// The blocks that some other replica lacks, as far as is known here. Foreign writes were missing at the
+    /// Runs of a list of blocks at most: [`RUNS_PER_TIB`] for each TiB of blocks of 4 KiB.
+    fn runs_max(&self) -> usize {
+        let blocks = self.superblock.geometry.blocks();
+        let max =
+            usize::try_from((blocks >> TIB_SHIFT) + 1).unwrap_or(usize::MAX).saturating_mul(RUNS_PER_TIB);
+        max.min(RUNS_MAX)
+    }
+
+    /// The blocks that a replica lacks, or a few more if they are scattered too widely.
+    pub(super) fn dirty_runs(&self, slot: ReplicaSlot) -> Vec<Run> {
+        let bits = self.superblock.geometry.blocks();
+        self.dirty.get(&slot).map_or_else(Vec::new, |b| coarse_runs(b.runs(0), bits, self.runs_max()))
+    }
+
+    /// The blocks that some other replica lacks, as far as is known here, or a few more. Foreign writes were missing at the
     /// replica from which the next lineage started, whoever is the source today [R17].
     pub(super) fn dirty_for_anyone(&self) -> Vec<Run> {
-        let mut runs: Vec<Run> = self.dirty.values().flat_map(|bitmap| bitmap.runs(0)).collect();
+        let mut runs: Vec<Run> = self.dirty.keys().flat_map(|slot| self.dirty_runs(*slot)).collect();
         runs.sort_unstable_by_key(|run| run.start);
-        let mut merged: Vec<Run> = Vec::new();
-        for run in runs {
-            match merged.last_mut() {
-                Some(last) if run.start <= last.start + last.count => {
-                    last.count = last.count.max(run.start + run.count - last.start);
-                }
-                _ => merged.push(run),
-            }
-        }
-        merged
+        coarse_runs(runs, self.superblock.geometry.blocks(), self.runs_max())
     }
 
     /// Keeps a bitmap for a replica that the volume did not have before: it lacks everything.

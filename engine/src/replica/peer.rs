@@ -10,9 +10,7 @@ use crate::wire::{Payload, PeerMsg, PeerReport, Run, RunsKind, SessionId};
 
 use super::Replica;
 use super::io::{Event, Output, PeerInput};
-
-/// Most runs of a peer's list that are kept while it arrives: one per region of the largest volume.
-const RUNS_MAX: usize = 1 << 22;
+use super::meta_store::RUNS_MAX;
 
 /// A session silent for this many peer time-outs is ended. More than one, so that a member's removal, due
 /// after one, is not put off by a reconnect.

@@ -454,7 +454,7 @@ impl Replica {
         let joiner = self.peers.get(&node).map(|p| p.slot);
         let wanted = |s: &ReplicaSlot| Some(*s) != joiner && !mutated(Mutation::R12);
         for slot in self.missing_slots().iter().filter(wanted) {
-            let runs = self.store.dirty(slot).map(|b| b.runs(0).collect::<Vec<_>>()).unwrap_or_default();
+            let runs = self.store.dirty_runs(slot);
             self.send_runs(session, reign, RunsKind::Dirty(slot), &runs);
         }
         let id = self.request_id();
