@@ -2,7 +2,7 @@
 //!
 //! A round makes everything committed before it started stable here and on every member of the ack set;
 //! waiting flushes share the next round. When it ends, all writes up to its number are *stable* and every
-//! member is told, so that intent regions may be cleared [R5].
+//! member is told, soon, so that intent regions may be cleared [R5].
 
 use crate::mutation::{Mutation, mutated};
 use crate::types::{Nanos, NodeId};
@@ -54,14 +54,23 @@ impl Replica {
         }
         if let Some(primary) = &mut self.primary {
             primary.spare_queue = round.ops;
+            primary.stable_untold = true;
         }
-        self.tell_stable(false);
         self.clear_intents(false);
+    }
+
+    /// Tells the ack set of what became stable, with the next flush or tick: it lets intents be cleared, for which
+    /// nobody waits, and alone it would wake every member once more in each round.
+    fn tell_untold(&mut self) {
+        if self.primary.as_ref().is_some_and(|p| p.stable_untold) {
+            self.tell_stable(false);
+        }
     }
 
     /// Tells the ack set what is stable.
     pub(super) fn tell_stable(&mut self, drain: bool) {
-        let Some(primary) = &self.primary else { return };
+        let Some(primary) = &mut self.primary else { return };
+        primary.stable_untold = false;
         let Some(through) = primary.stable else { return };
         let reign = primary.reign;
         self.send_to_acks(&PeerMsg::Stable { reign, through, drain });
@@ -113,6 +122,7 @@ impl Replica {
         let (local, now) = (self.flusher.request(), self.now);
         let Some(primary) = &mut self.primary else { return };
         primary.round = Some(Round { id, through, local, started: now, waiting, ops });
+        self.tell_untold();
         self.send_to_acks(&PeerMsg::Flush { reign, id });
     }
 
@@ -125,6 +135,7 @@ impl Replica {
 
     /// The lazy part: flush when regions have been idle, then clear them.
     pub(super) fn tick_intents(&mut self) {
+        self.tell_untold();
         let idle = self.idle_before();
         if let Some(primary) = &mut self.primary {
             let stable = primary.stable;

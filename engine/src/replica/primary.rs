@@ -175,6 +175,8 @@ pub(super) struct Primary {
     pub(super) next_seq: WriteSeq,
     pub(super) parts: RisingMap<WriteSeq, Part>,
     pub(super) stable: Option<WriteSeq>,
+    /// The ack set has not been told of it yet.
+    pub(super) stable_untold: bool,
     pub(super) round: Option<Round>,
     pub(super) flush_queue: Vec<OpId>,
     /// Memory of an ended round, for the next one.
@@ -206,6 +208,7 @@ impl Primary {
             next_seq: WriteSeq(1),
             parts: RisingMap::new(),
             stable: None,
+            stable_untold: false,
             round: None,
             flush_queue: Vec::new(),
             spare_queue: Vec::new(),
