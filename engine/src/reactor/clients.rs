@@ -29,7 +29,7 @@ use crate::wire::{BufId, Payload};
 use super::client::{ClientFrame, ClientProtocol, FrontOp, FrontRequest};
 use super::outgoing::{Message, Outgoing};
 use super::ring::{Io, Span, Token};
-use super::staging::{DIRECT_MIN, STAGING_LEN, Staging};
+use super::staging::{STAGING_LEN, Staging};
 
 /// Most requests of one connection that are not answered (and the answer sent); then it is not read.
 pub(super) const REQUESTS_MAX: u32 = 256;
@@ -353,6 +353,7 @@ impl Clients {
             let buf = io.buffers.alloc(usize::try_from(len).expect("a write fits one payload"));
             io.buffers.charge(buf, len);
             let connection = self.connections.get_mut(&conn).expect("admitted while it is open");
+            connection.staging.expect_body(request.len as usize);
             connection.state = State::Payload { request, buf, got: 0 };
         }
         true
@@ -490,7 +491,7 @@ impl Clients {
             State::Payload { request, buf, got } => {
                 let left = request.len as usize - got;
                 let skip = request.offset as usize % block;
-                (left >= DIRECT_MIN).then_some(Span { buf, start: skip + got, len: left })
+                connection.staging.bypass(left).then_some(Span { buf, start: skip + got, len: left })
             }
             State::Header | State::Waiting(_) | State::Finishing => {
                 connection.unread_since.get_or_insert(now);

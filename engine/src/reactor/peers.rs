@@ -20,7 +20,7 @@ use crate::wire::{
 
 use super::outgoing::{Message, Outgoing};
 use super::ring::{Io, Span, Token};
-use super::staging::{DIRECT_MIN, Staging};
+use super::staging::Staging;
 
 /// What a session is in the middle of receiving.
 enum State {
@@ -240,7 +240,7 @@ impl Peers {
         }
         entry.receiving = true;
         let span = match entry.state {
-            State::Bulk { buf, len, got, .. } if len - got >= DIRECT_MIN => {
+            State::Bulk { buf, len, got, .. } if entry.staging.bypass(len - got) => {
                 Span { buf, start: got, len: len - got }
             }
             _ => entry.staging.room(&mut io.buffers),
@@ -316,6 +316,7 @@ impl Session {
             BodyLen::Inline(len) => State::Inline { header, len: len as usize, bytes: Vec::new() },
             BodyLen::Bulk(len) => {
                 let len = len as usize;
+                self.staging.expect_body(len);
                 State::Bulk { header, buf: io.buffers.alloc(len), len, got: 0 }
             }
         };

@@ -13,19 +13,27 @@ use super::ring::Span;
 /// Bytes of a staging buffer.
 pub(super) const STAGING_LEN: usize = 64 << 10;
 /// A body of which at least this much is missing is received straight into its own buffer.
-pub(super) const DIRECT_MIN: usize = 32 << 10;
+const DIRECT_MIN: usize = 32 << 10;
+
+/// After a body of at least this much the next receive takes little more than a header, so that another such body
+/// lands in its own buffer and is not copied there.
+const LARGE_MIN: usize = 2 * DIRECT_MIN;
+/// Bytes of such a receive.
+const SHORT_LEN: usize = 4096;
 
 /// Bytes `start .. end` of the buffer are received and not yet consumed.
 pub(super) struct Staging {
     buf: BufId,
     start: usize,
     end: usize,
+    /// The last body was large.
+    after_large: bool,
 }
 
 impl Staging {
     /// Allocates an empty one. Give it back with [`Self::release`].
     pub(super) fn new(buffers: &mut Buffers) -> Self {
-        Self { buf: buffers.alloc(STAGING_LEN), start: 0, end: 0 }
+        Self { buf: buffers.alloc(STAGING_LEN), start: 0, end: 0, after_large: false }
     }
 
     /// True if `buf` is this buffer.
@@ -60,14 +68,27 @@ impl Staging {
         len
     }
 
-    /// Where to receive next: all of the free room, unparsed bytes moved to the front if it is short.
+    /// Notes how long the body is that comes now.
+    pub(super) fn expect_body(&mut self, len: usize) {
+        self.after_large = len >= LARGE_MIN;
+    }
+
+    /// Whether what is missing of a body, `left` bytes, is to be received straight into its own buffer.
+    pub(super) fn bypass(&self, left: usize) -> bool {
+        left >= DIRECT_MIN || self.after_large
+    }
+
+    /// Where to receive next: all of the free room, unparsed bytes moved to the front if it is short; little of it
+    /// after a large body.
     pub(super) fn room(&mut self, buffers: &mut Buffers) -> Span {
         if STAGING_LEN - self.end < STAGING_LEN / 4 {
             buffers.bytes_mut(self.buf).copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
         assert!(self.end < STAGING_LEN, "a header never fills the staging buffer");
-        Span { buf: self.buf, start: self.end, len: STAGING_LEN - self.end }
+        let room = STAGING_LEN - self.end;
+        let len = if self.after_large && self.len() == 0 { room.min(SHORT_LEN) } else { room };
+        Span { buf: self.buf, start: self.end, len }
     }
 
     /// Notes that `len` more bytes were received.
