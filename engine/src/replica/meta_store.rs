@@ -13,7 +13,7 @@ use crate::meta::{Area, Image, Layout, PagedBitmap, Superblock, coarse_runs};
 use crate::types::{BlockRange, ReplicaSlot, SuperblockTrust};
 use crate::wire::Run;
 
-/// Runs per TiB of volume of a list of blocks that is sent to a peer: 2 MiB of memory, while the bitmap itself takes 32.
+/// Runs per TiB of volume of a list of blocks that is sent to a peer: 2 MiB of memory, where the bitmap takes 32.
 const RUNS_PER_TIB: usize = 1 << 17;
 /// log2 of the blocks of a TiB.
 const TIB_SHIFT: u32 = 28;
@@ -158,8 +158,8 @@ impl MetaStore {
         self.dirty.get(&slot).map_or_else(Vec::new, |b| coarse_runs(b.runs(0), bits, self.runs_max()))
     }
 
-    /// The blocks that some other replica lacks, as far as is known here, or a few more. Foreign writes were missing at the
-    /// replica from which the next lineage started, whoever is the source today [R17].
+    /// The blocks that some other replica lacks, as far as is known here, or a few more. Foreign writes were missing
+    /// at the replica from which the next lineage started, whoever is the source today [R17].
     pub(super) fn dirty_for_anyone(&self) -> Vec<Run> {
         let mut runs: Vec<Run> = self.dirty.keys().flat_map(|slot| self.dirty_runs(*slot)).collect();
         runs.sort_unstable_by_key(|run| run.start);
