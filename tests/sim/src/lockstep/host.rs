@@ -172,7 +172,7 @@ impl Process {
 
     /// Polls one woken task; gives its number.
     pub(crate) fn step(&self) -> Option<u64> {
-        let (id, mut task, waker) = {
+        let (id, mut task, aborted, waker) = {
             let mut state = lock(&self.state);
             let count = u64::try_from(state.woken.len()).expect("few tasks");
             if count == 0 || state.dead {
@@ -184,10 +184,11 @@ impl Process {
             state.polls += 1;
             let entry = state.tasks.get_mut(&id).expect("only tasks are woken");
             let waker = entry.waker.clone();
-            (id, entry.task.take().filter(|_| !entry.aborted), waker)
+            // An aborted one must not be dropped here: what it owns needs the lock to end.
+            (id, entry.task.take(), entry.aborted, waker)
         };
         let mut ended = true;
-        if let Some(polled) = &mut task {
+        if let Some(polled) = task.as_mut().filter(|_| !aborted) {
             let poll = || enter(&self.host(), || polled.as_mut().poll(&mut Context::from_waker(&waker)));
             match catch_unwind(AssertUnwindSafe(poll)) {
                 Ok(Poll::Ready(())) => {}
