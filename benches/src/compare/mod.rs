@@ -226,16 +226,14 @@ fn check_base(place: Place, base: &Path, size: u64) -> Result<()> {
 
 /// Writes everything once, so that no space is allocated later and no block is read that was never written.
 fn fill(subject: &Subject, size: u64) -> Result<()> {
-    let job = Job { pattern: Pattern::Sequential, read_percent: 0, block_size: 1 << 20, ..Job::default() };
-    let options = BenchOptions {
-        warm_up: Duration::ZERO,
-        time: FILL_LIMIT,
-        count: Some(size >> 20),
-        destroys_data: true,
-        ..BenchOptions::new(job, 4)
-    };
-    run(&subject.uri, &options).context("write the area")?;
+    run(&subject.uri, &sequential(FILL_LIMIT, Some(size >> 20))).context("write the area")?;
     Ok(())
+}
+
+/// 1 MiB after 1 MiB, 4 in flight.
+fn sequential(time: Duration, count: Option<u64>) -> BenchOptions {
+    let job = Job { pattern: Pattern::Sequential, read_percent: 0, block_size: 1 << 20, ..Job::default() };
+    BenchOptions { warm_up: Duration::ZERO, time, count, destroys_data: true, ..BenchOptions::new(job, 4) }
 }
 
 fn run_once(subject: &Subject, job: &NamedJob, time: Duration) -> Result<BenchReport> {

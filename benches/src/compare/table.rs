@@ -35,6 +35,18 @@ impl Cell {
             cpu_us: report.server_cpu_us(),
         }
     }
+
+    /// Figure by figure; `None` of no runs.
+    pub(super) fn median(runs: &[Self]) -> Option<Self> {
+        let of = |value: fn(&Self) -> f64| median(runs.iter().map(value).collect());
+        Some(Self {
+            iops: of(|cell| cell.iops)?,
+            mb_per_s: of(|cell| cell.mb_per_s)?,
+            p50_us: of(|cell| cell.p50_us)?,
+            p99_us: of(|cell| cell.p99_us)?,
+            cpu_us: median(runs.iter().filter_map(|cell| cell.cpu_us).collect()),
+        })
+    }
 }
 
 /// All runs of a place: by job, by server, by round.
@@ -64,15 +76,7 @@ impl PlaceResults {
     }
 
     fn median(&self, job: usize, server: usize) -> Option<Cell> {
-        let runs = &self.runs[job][server];
-        let of = |value: fn(&Cell) -> f64| median(runs.iter().map(value).collect());
-        Some(Cell {
-            iops: of(|cell| cell.iops)?,
-            mb_per_s: of(|cell| cell.mb_per_s)?,
-            p50_us: of(|cell| cell.p50_us)?,
-            p99_us: of(|cell| cell.p99_us)?,
-            cpu_us: median(runs.iter().filter_map(|cell| cell.cpu_us).collect()),
-        })
+        Cell::median(&self.runs[job][server])
     }
 
     /// Fastest by slowest round.
@@ -94,7 +98,7 @@ impl PlaceResults {
 }
 
 /// The middle one; of an even number the mean of the middle two.
-fn median(mut values: Vec<f64>) -> Option<f64> {
+pub(super) fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let upper = *values.get(values.len() / 2)?;
     let lower = values[(values.len() - 1) / 2];

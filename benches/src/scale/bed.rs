@@ -14,7 +14,7 @@ use blkrepl_tests::{Cluster, ClusterOptions};
 use super::area::Area;
 
 /// The node that serves everything.
-pub(super) const PRIMARY: &str = "n1";
+pub(crate) const PRIMARY: &str = "n1";
 /// Load before a measurement begins.
 const WARM_UP: Duration = Duration::from_millis(100);
 /// Runs of each load, one after the other.
@@ -23,26 +23,26 @@ const ROUNDS: u32 = 5;
 const FILL_LIMIT: Duration = Duration::from_secs(300);
 
 /// Random writes of 4 KiB.
-pub(super) const WRITES: Job =
+pub(crate) const WRITES: Job =
     Job { pattern: Pattern::Random, read_percent: 0, block_size: 4096, fua: false, flush_after_write: false };
 
-pub(super) struct Bed {
-    pub(super) cluster: Cluster,
+pub(crate) struct Bed {
+    pub(crate) cluster: Cluster,
     dir: tempfile::TempDir,
 }
 
 /// A volume of a bed.
 #[derive(Clone, Debug)]
-pub(super) struct Target {
+pub(crate) struct Target {
     pub(super) size: u64,
-    pub(super) uri: NbdUri,
+    pub(crate) uri: NbdUri,
     pub(super) pids: Vec<u32>,
 }
 
 impl Bed {
     /// A cluster without volumes.
-    pub(super) fn start(base: &Path, data_nodes: u64) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("blkrepl-scale-").tempdir_in(base)?;
+    pub(crate) fn start(base: &Path, data_nodes: u64) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("blkrepl-bench-").tempdir_in(base)?;
         let mut cluster = Cluster::prepare(ClusterOptions {
             create_volume: false,
             base: Some(dir.path().to_owned()),
@@ -56,14 +56,14 @@ impl Bed {
     }
 
     /// Creates a volume whose primary is n1 and waits until it is in sync.
-    pub(super) fn volume(&self, name: &str, size: u64, replicas: &[&str]) -> Result<Target> {
+    pub(crate) fn volume(&self, name: &str, size: u64, replicas: &[&str]) -> Result<Target> {
         self.cluster.create_volume(name, size, replicas)?;
         self.cluster.wait_volumes_in_sync(PRIMARY, &[name], SYNC_LIMIT)?;
         self.target(name, size)
     }
 
     /// A volume that is there, once it is served.
-    pub(super) fn target(&self, name: &str, size: u64) -> Result<Target> {
+    pub(crate) fn target(&self, name: &str, size: u64) -> Result<Target> {
         let uri: NbdUri = self.cluster.node(PRIMARY)?.unix()?.parse()?;
         let uri = NbdUri { export: name.to_owned(), ..uri };
         wait_for("the volume to be served", START_LIMIT, || {
@@ -80,7 +80,7 @@ impl Bed {
     }
 
     /// Stops a node and waits until the volumes are without it.
-    pub(super) fn lose(&mut self, node: &str, volumes: &[&str]) -> Result<()> {
+    pub(crate) fn lose(&mut self, node: &str, volumes: &[&str]) -> Result<()> {
         self.cluster.stop_node(node)?;
         self.cluster.wait_removed(PRIMARY, volumes, node, SYNC_LIMIT)
     }
@@ -94,7 +94,7 @@ impl Bed {
     }
 
     /// Stops the cluster and removes its files.
-    pub(super) fn stop(mut self) -> Result<()> {
+    pub(crate) fn stop(mut self) -> Result<()> {
         self.cluster.stop()?;
         drop(self.cluster);
         self.dir.close().context("remove the cluster's files")
@@ -127,7 +127,7 @@ impl Target {
         Ok(())
     }
 
-    pub(super) fn options(&self, job: Job, depth: usize, time: Duration) -> BenchOptions {
+    pub(crate) fn options(&self, job: Job, depth: usize, time: Duration) -> BenchOptions {
         BenchOptions {
             warm_up: WARM_UP,
             time,

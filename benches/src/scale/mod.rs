@@ -18,7 +18,7 @@
 //! ```
 
 mod area;
-mod bed;
+pub(crate) mod bed;
 mod chart;
 mod crash;
 mod depth;
