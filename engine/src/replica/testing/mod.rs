@@ -31,6 +31,21 @@ pub(super) fn two() -> World {
     world
 }
 
+/// Steps until one more message of this kind was sent.
+pub(super) fn until_sent(world: &mut World, kind: &str) {
+    let count = |w: &World| w.sent.get(kind).copied().unwrap_or_default();
+    let before = count(world);
+    for _ in 0..10_000 {
+        if count(world) > before {
+            return;
+        }
+        if !world.step() {
+            world.pass(std::time::Duration::from_millis(10));
+        }
+    }
+    panic!("no {kind} is sent: {:#?}", world.summary());
+}
+
 /// Deterministic random numbers (splitmix64).
 #[derive(Debug, Clone)]
 pub(super) struct Rng(pub(super) u64);

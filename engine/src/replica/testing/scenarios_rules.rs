@@ -9,7 +9,7 @@ use crate::wire::{PeerMsg, WriteSeq};
 
 use super::super::io::{ClientInput, ClientOp, ClientRequest, ConnId, Cookie, Event, PeerInput};
 use super::world::{BLOCK, Hang};
-use super::{Options, World, node};
+use super::{Options, World, node, until_sent};
 
 fn world(replicas: u64) -> World {
     let mut world = World::new(&Options { replicas, ..Options::default() });
@@ -21,27 +21,28 @@ fn world(replicas: u64) -> World {
 /// Node 2 was away while block 5 was written and is back; its resync is at the first message of `kind`.
 fn resync_at(kind: &str) -> World {
     let mut world = world(2);
-    world.crash(node(2));
-    world.run(20);
-    world.write(node(1), 5, false);
-    world.run(60);
-    world.start(node(2));
-    until_sent(&mut world, kind);
+    return_without(&mut world, 5, kind);
     world
 }
 
-fn until_sent(world: &mut World, kind: &str) {
-    let count = |w: &World| w.sent.get(kind).copied().unwrap_or_default();
-    let before = count(world);
-    for _ in 0..10_000 {
-        if count(world) > before {
-            return;
-        }
-        if !world.step() {
-            world.pass(Duration::from_millis(10));
-        }
-    }
-    panic!("no {kind} is sent: {:#?}", world.summary());
+/// The same of block `block`, with room for `window` blocks in flight; its copy is on its way.
+fn resync_with_window(window: u32, block: u64) -> World {
+    let mut options = Options { blocks: 64 * 256, ..Options::default() };
+    options.settings.resync_window_bytes = window * 4096;
+    let mut world = World::new(&options);
+    world.run(12);
+    return_without(&mut world, block, "copy");
+    world
+}
+
+/// Node 2 goes, `block` is written, and it comes back; its resync gets to the first message of `kind`.
+fn return_without(world: &mut World, block: u64, kind: &str) {
+    world.crash(node(2));
+    world.run(20);
+    world.write(node(1), block, false);
+    world.run(60);
+    world.start(node(2));
+    until_sent(world, kind);
 }
 
 fn hang(world: &mut World, id: u64, what: Hang) {
@@ -588,17 +589,7 @@ fn r21_a_copy_waits_for_the_write_of_its_block() {
 /// the bit then, whatever else its answer covers.
 #[test]
 fn r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_that_was_not_sent() {
-    let blocks = 64 * 256;
-    let mut options = Options { blocks, ..Options::default() };
-    options.settings.resync_window_bytes = 64 * 4096; // one chunk at a time, and the first one hangs
-    let mut world = World::new(&options);
-    world.run(12);
-    world.crash(node(2));
-    world.run(20);
-    world.write(node(1), 5, false);
-    world.run(60);
-    world.start(node(2));
-    until_sent(&mut world, "copy");
+    let mut world = resync_with_window(64, 5); // one chunk at a time, and the first one hangs
     hang(&mut world, 2, Hang::Write(5)); // the resync does not end meanwhile
     hang(&mut world, 2, Hang::Write(40));
     world.write(node(1), 40, false);
@@ -626,16 +617,7 @@ fn r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_that_was_not_s
 #[test]
 fn a_target_that_falls_behind_is_waited_for() {
     let window = 128; // blocks: two chunks, of which one hangs
-    let mut options = Options { blocks: 64 * 256, ..Options::default() };
-    options.settings.resync_window_bytes = window * 4096;
-    let mut world = World::new(&options);
-    world.run(12);
-    world.crash(node(2));
-    world.run(20);
-    world.write(node(1), 500, false);
-    world.run(60);
-    world.start(node(2));
-    until_sent(&mut world, "copy");
+    let mut world = resync_with_window(window, 500);
     hang(&mut world, 2, Hang::Write(500)); // the resync does not end meanwhile
     hang(&mut world, 2, Hang::Write(1024));
     world.zero_bytes(node(1), 1024 * BLOCK, 8 * u64::from(window) * BLOCK); // leaves room for nothing

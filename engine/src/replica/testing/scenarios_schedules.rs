@@ -7,7 +7,7 @@ use crate::wire::PeerMsg;
 
 use super::super::io::{DiskOp, PeerInput};
 use super::world::BLOCK;
-use super::{Options, World, node, two};
+use super::{Options, World, node, two, until_sent};
 
 fn three() -> World {
     let mut world = World::new(&Options { replicas: 3, ..Options::default() });
@@ -31,21 +31,6 @@ fn joining() -> World {
     world.run(10);
     assert!(matches!(world.proposals[0].1.kind, ProposalKind::Join(m) if m.node == node(2)));
     world
-}
-
-/// Steps until one more message of this kind was sent.
-fn until_sent(world: &mut World, kind: &str) {
-    let count = |w: &World| w.sent.get(kind).copied().unwrap_or_default();
-    let before = count(world);
-    for _ in 0..10_000 {
-        if count(world) > before {
-            return;
-        }
-        if !world.step() {
-            world.pass(Duration::from_millis(10));
-        }
-    }
-    panic!("no {kind} is sent: {:#?}", world.summary());
 }
 
 #[test]
