@@ -308,6 +308,7 @@ impl Clients {
         let connection = self.connections.get_mut(&conn)?;
         if request.error.is_some() || !valid {
             let left = if request.op == FrontOp::Write { request.len as usize } else { 0 };
+            connection.staging.expect_body(0); // what is thrown away has no buffer of its own
             connection.state = State::Draining { request, left };
             return None;
         }
