@@ -99,12 +99,21 @@ impl Replica {
         self.can_start() && self.lease_valid()
     }
 
+    /// True if this replica serves, or will once the superblock of a config that it follows already is on
+    /// disk: requests wait that long [R16], but nobody need look for another primary.
+    pub(super) fn in_service(&self) -> bool {
+        self.may_serve() && self.config.is_some() && self.lease_valid()
+    }
+
     fn can_start(&self) -> bool {
+        self.may_serve() && self.config_usable()
+    }
+
+    fn may_serve(&self) -> bool {
         let held = |p: &Primary| !p.hold.is_none() && !mutated(Mutation::R18);
         self.primary.as_ref().is_some_and(|p| p.serving() && !held(p))
             && self.stop.is_no()
             && self.failure.is_none()
-            && self.config_usable()
     }
 
     pub(super) fn pump_clients(&mut self) {

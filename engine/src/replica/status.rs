@@ -83,7 +83,7 @@ impl Replica {
             role: if self.primary.is_some() { Role::Primary } else { Role::Secondary },
             state,
             health: self.health(),
-            serving: self.serving(),
+            serving: self.in_service(),
             writes_acked: self.writes_acked,
             intent_regions: self.intents.len() as u64,
             peers: self.peers.keys().map(|node| self.peer_status(*node)).collect(),

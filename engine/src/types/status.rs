@@ -117,7 +117,9 @@ pub struct ReplicaStatus {
     pub state: ReplicaState,
     /// Whether it may be vouched for.
     pub health: Health,
-    /// It is primary, has reconciled [R11], is not stopping for a move, and holds a valid lease.
+    /// It is primary, has reconciled [R11], is not stopping for a move, and holds a valid lease. While the
+    /// superblock of a newer config is written, requests wait [R16], and this stays true: clients come to
+    /// the right place.
     pub serving: bool,
     /// Client writes acknowledged since start.
     pub writes_acked: u64,

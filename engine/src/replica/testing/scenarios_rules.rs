@@ -534,6 +534,8 @@ fn r16_neither_an_answer_nor_a_clear_comes_before_both_copies_of_the_superblock(
         world.run(40);
         assert_eq!(world.waiting(node(1)), 1, "copy at {copy}");
         assert!(world.image(node(1)).intent.get(0), "copy at {copy}");
+        let here = world.replica(node(1));
+        assert!(!here.serving() && here.status().serving, "copy at {copy}: clients still belong here");
         return_all(&mut world);
         world.run(60);
         assert_eq!(world.waiting(node(1)), 0);
