@@ -139,10 +139,14 @@ impl Replica {
         let idle = self.idle_before();
         if let Some(primary) = &mut self.primary {
             let stable = primary.stable;
-            let unflushed = self.intents.wants_flush(stable, idle, false);
+            let unflushed = self.intents.wants_flush(&self.store, stable, idle, false);
             primary.flush_wanted |= unflushed && primary.serving();
         }
-        self.clear_intents(false);
+        if self.is_member() {
+            self.clear_intents(false);
+        } else {
+            self.intents.settle(&self.store);
+        }
         let idle = self.primary.as_ref().is_none_or(|p| p.ops.is_empty()) && self.following.is_idle();
         if idle && self.failure.is_none() {
             self.store.save_cleared(CLEARED_GROUPS_PER_TICK);
@@ -163,7 +167,7 @@ impl Replica {
         if !self.is_member() || !self.config_usable() || self.failure.is_some() {
             return;
         }
-        let max = usize::try_from(self.settings().intent_regions_max).unwrap_or(usize::MAX);
+        let max = self.settings().intent_regions_max;
         let stable = match &self.primary {
             Some(primary) if primary.serving() => primary.stable,
             Some(_) => None,
@@ -172,8 +176,9 @@ impl Replica {
         let idle_before = if drain { self.now } else { self.idle_before() };
         // Writers that wait for room get some, in larger steps than one where the map is not tiny. Otherwise
         // what is written to at the time stays: clearing it would only make the next write wait.
-        let room_wanted = self.primary.as_ref().map_or(self.intents.len() > max, |p| p.intent_full);
-        let keep_max = if room_wanted { max.saturating_sub((max / 4).max(1)) } else { usize::MAX };
+        let room_wanted =
+            self.primary.as_ref().map_or(self.store.intent().count() > u64::from(max), |p| p.intent_full);
+        let keep_max = if room_wanted { u64::from(max.saturating_sub((max / 4).max(1))) } else { u64::MAX };
         let missing = self.missing_slots();
         self.intents.clear_idle(&mut self.store, stable, idle_before, keep_max, |store, blocks| {
             missing.iter().flat_map(|slot| store.save_dirty(slot, blocks)).collect()

@@ -432,7 +432,7 @@ impl Replica {
         self.following.confirmed = Some((session, reign));
         let report = self.peer_report();
         self.send(session, PeerMsg::Report { reign, report });
-        let runs = self.intents.runs();
+        let runs: Vec<Run> = self.store.intent().runs(0).collect();
         self.send_runs(session, reign, RunsKind::Intent, &runs);
     }
 

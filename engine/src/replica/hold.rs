@@ -148,7 +148,7 @@ impl Replica {
             Hold::Clearing { to, until } => {
                 self.clear_intents(true);
                 let busy = self.primary.as_ref().is_some_and(|p| p.pending.is_some());
-                if (self.intents.len() > 0 && self.now < until) || busy {
+                if (!self.store.intent().is_empty() && self.now < until) || busy {
                     return;
                 }
                 let Some(primary) = &mut self.primary else { return };

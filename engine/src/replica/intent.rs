@@ -6,15 +6,20 @@
 //! - a bit is cleared only by [`IntentBook::clear_idle`], whose caller vouches for [R5]: this replica is in
 //!   the ack set, all of the ack set have flushed, its bitmaps of all missing replicas are durable;
 //! - a clear takes the bit out of memory first; setting it again is a later write of the same group,
-//!   ordered after the clear by [`MetaStore`] [R22].
+//!   ordered after the clear by [`MetaStore`] [R22];
+//! - memory is bounded: what a resync brings is in no region's account once it is durable, only in the map
+//!   itself, one bit a region, until this replica has joined.
 
 use std::collections::BTreeMap;
 
 use crate::mutation::{Mutation, mutated};
 use crate::types::{BlockRange, Geometry, Nanos, RegionIndex};
-use crate::wire::{Run, WriteSeq};
+use crate::wire::WriteSeq;
 
 use super::meta_store::{MetaStore, Ticket};
+
+/// Settled regions get accounts again up to so many at a time: 2 MiB of memory.
+const ACCOUNTS_MAX: usize = 16_384;
 
 /// What is known of one set region.
 #[derive(Debug)]
@@ -32,37 +37,49 @@ struct Region {
     clearing: Option<Vec<Ticket>>,
 }
 
+/// What is known, in common, of the set regions that have no account of their own. Their bits are durable and no
+/// write is in flight in them; what is said here is the latest of what was known of each.
+#[derive(Debug, Default)]
+struct Settled {
+    last: Option<WriteSeq>,
+    outside: bool,
+    touched: Nanos,
+}
+
+impl Settled {
+    /// The account of one of them.
+    fn account(&self) -> Region {
+        let Self { last, outside, touched } = *self;
+        Region { ticket: None, in_flight: 0, last, outside, touched, clearing: None }
+    }
+}
+
+impl Region {
+    fn covered(&self, stable: Option<WriteSeq>) -> bool {
+        covered(self.last, self.outside, stable)
+    }
+}
+
+/// True if what was written up to `last` is stable on the whole ack set.
+fn covered(last: Option<WriteSeq>, outside: bool, stable: Option<WriteSeq>) -> bool {
+    mutated(Mutation::R5) || !outside && stable.is_some_and(|s| last.unwrap_or_default() <= s)
+}
+
 /// See the module's head.
 #[derive(Debug)]
 pub(super) struct IntentBook {
     geometry: Geometry,
+    /// Accounts of set regions. A set region without one is settled.
     regions: BTreeMap<RegionIndex, Region>,
+    settled: Settled,
     /// When a write began last.
     touched: Nanos,
 }
 
 impl IntentBook {
     /// Takes over what the disk says: every set bit is durable and of unknown age.
-    pub(super) fn new(geometry: Geometry, store: &MetaStore) -> Self {
-        let mut regions = BTreeMap::new();
-        let mut from = 0;
-        while let Some(bit) = store.intent().next_set(from) {
-            let region = Region {
-                ticket: None,
-                in_flight: 0,
-                last: None,
-                outside: false,
-                touched: Nanos(0),
-                clearing: None,
-            };
-            regions.insert(RegionIndex(bit), region);
-            from = bit + 1;
-        }
-        Self { geometry, regions, touched: Nanos(0) }
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.regions.len()
+    pub(super) fn new(geometry: Geometry) -> Self {
+        Self { geometry, regions: BTreeMap::new(), settled: Settled::default(), touched: Nanos(0) }
     }
 
     /// When a write began last; zero if none has since the start.
@@ -70,39 +87,20 @@ impl IntentBook {
         self.touched
     }
 
-    /// The set regions.
-    pub(super) fn regions(&self) -> Vec<RegionIndex> {
-        self.regions.keys().copied().collect()
-    }
-
-    /// The set regions as runs, for a report.
-    pub(super) fn runs(&self) -> Vec<Run> {
-        let mut runs: Vec<Run> = Vec::new();
-        for region in self.regions.keys() {
-            match runs.last_mut() {
-                Some(run) if run.start + run.count == region.0 => run.count += 1,
-                _ => runs.push(Run { start: region.0, count: 1 }),
-            }
-        }
-        runs
-    }
-
     /// Begins a write to `blocks`: sets the bits that are not set and asks for their durability.
     pub(super) fn begin(&mut self, store: &mut MetaStore, blocks: BlockRange, now: Nanos) {
         self.touched = now;
         for index in self.geometry.regions_of(blocks) {
+            let settled = &self.settled;
             let region = self.regions.entry(index).or_insert_with(|| {
+                if store.intent().get(index.0) {
+                    return settled.account();
+                }
                 let before = mutated(Mutation::R22).then(|| store.save_intent(index.0));
                 store.intent_mut().set(index.0);
                 let own = store.save_intent(index.0);
-                Region {
-                    ticket: before.filter(|t| !store.redeemed(*t)).or(Some(own)),
-                    in_flight: 0,
-                    last: None,
-                    outside: false,
-                    touched: now,
-                    clearing: None,
-                }
+                let ticket = before.filter(|t| !store.redeemed(*t)).or(Some(own));
+                Region { ticket, in_flight: 0, last: None, outside: false, touched: now, clearing: None }
             });
             region.in_flight += 1;
             region.touched = now;
@@ -111,15 +109,16 @@ impl IntentBook {
     }
 
     /// How many regions `begin` would add.
-    pub(super) fn new_regions(&self, blocks: BlockRange) -> usize {
-        self.geometry.regions_of(blocks).filter(|r| !self.regions.contains_key(r)).count()
+    pub(super) fn new_regions(&self, store: &MetaStore, blocks: BlockRange) -> usize {
+        self.geometry.regions_of(blocks).filter(|r| !store.intent().get(r.0)).count()
     }
 
     /// True if the bit of every region of `blocks` is durable.
     pub(super) fn durable(&self, store: &MetaStore, blocks: BlockRange) -> bool {
+        let durable = |r: &Region| r.ticket.is_none_or(|t| store.redeemed(t));
         self.geometry
             .regions_of(blocks)
-            .all(|index| self.regions.get(&index).is_some_and(|r| r.ticket.is_none_or(|t| store.redeemed(t))))
+            .all(|index| store.intent().get(index.0) && self.regions.get(&index).is_none_or(durable))
     }
 
     /// A write to `blocks` begun with `begin` is over. `written`: its number, if it was carried out in
@@ -136,6 +135,7 @@ impl IntentBook {
 
     /// A new reign counts its writes anew: what is set is older than all of them.
     pub(super) fn enter_reign(&mut self) {
+        self.settled.last = None;
         for region in self.regions.values_mut() {
             region.last = None;
             region.clearing = None;
@@ -151,6 +151,10 @@ impl IntentBook {
 
     /// This replica has joined: what it wrote outside counts as written up to `through`.
     pub(super) fn joined(&mut self, through: WriteSeq) {
+        if self.settled.outside {
+            self.settled.outside = false;
+            self.settled.last = self.settled.last.max(Some(through));
+        }
         for region in self.regions.values_mut().filter(|r| r.outside) {
             region.outside = false;
             region.last = region.last.max(Some(through));
@@ -158,15 +162,55 @@ impl IntentBook {
     }
 
     /// True if a flush would let something be cleared that `stable` does not.
-    pub(super) fn wants_flush(&self, stable: Option<WriteSeq>, idle_before: Nanos, urgent: bool) -> bool {
-        self.regions
-            .values()
-            .any(|r| r.in_flight == 0 && (urgent || r.touched <= idle_before) && !Self::covered(r, stable))
+    pub(super) fn wants_flush(
+        &self,
+        store: &MetaStore,
+        stable: Option<WriteSeq>,
+        idle_before: Nanos,
+        urgent: bool,
+    ) -> bool {
+        let old = |touched: Nanos| urgent || touched <= idle_before;
+        let settled = &self.settled;
+        self.regions.values().any(|r| r.in_flight == 0 && old(r.touched) && !r.covered(stable))
+            || self.settled_len(store) > 0
+                && old(settled.touched)
+                && !covered(settled.last, settled.outside, stable)
     }
 
-    fn covered(region: &Region, stable: Option<WriteSeq>) -> bool {
-        mutated(Mutation::R5)
-            || !region.outside && stable.is_some_and(|s| region.last.unwrap_or_default() <= s)
+    /// While this replica is no member nothing can be cleared: takes the accounts of what a resync brought
+    /// together.
+    pub(super) fn settle(&mut self, store: &MetaStore) {
+        if self.settled_len(store) == 0 {
+            self.settled = Settled::default();
+        }
+        let settled = &mut self.settled;
+        self.regions.retain(|_, r| {
+            let quiet = r.in_flight == 0 && r.ticket.is_none_or(|t| store.redeemed(t));
+            if !(r.outside && quiet) {
+                return true;
+            }
+            settled.outside = true;
+            settled.last = settled.last.max(r.last);
+            settled.touched = settled.touched.max(r.touched);
+            false
+        });
+    }
+
+    fn settled_len(&self, store: &MetaStore) -> u64 {
+        store.intent().count() - self.regions.len() as u64
+    }
+
+    /// Gives settled regions accounts again if they may be cleared, some at a time.
+    fn unsettle(&mut self, store: &MetaStore, stable: Option<WriteSeq>, due: impl Fn(Nanos) -> bool) {
+        let may_go = covered(self.settled.last, self.settled.outside, stable) && due(self.settled.touched);
+        let room = ACCOUNTS_MAX.saturating_sub(self.regions.len());
+        let room = room.min(usize::try_from(self.settled_len(store)).unwrap_or(usize::MAX));
+        if !may_go || room == 0 {
+            return;
+        }
+        let settled = store.intent_regions().filter(|index| !self.regions.contains_key(index)).take(room);
+        let accounts: Vec<_> = settled.map(|index| (index, self.settled.account())).collect();
+        self.regions.extend(accounts);
     }
 
     /// Clears the bits of regions that have no write in flight, whose writes are all stable on the ack
@@ -178,15 +222,16 @@ impl IntentBook {
         store: &mut MetaStore,
         stable: Option<WriteSeq>,
         idle_before: Nanos,
-        keep_max: usize,
+        keep_max: u64,
         mut save_bitmaps: impl FnMut(&mut MetaStore, BlockRange) -> Vec<Ticket>,
     ) {
-        let mut excess = self.regions.len().saturating_sub(keep_max);
-        let due = |r: &Region| excess > 0 || r.touched <= idle_before;
+        let mut excess = store.intent().count().saturating_sub(keep_max);
+        let due = |touched: Nanos| excess > 0 || touched <= idle_before;
+        self.unsettle(store, stable, due);
         let mut ready: Vec<(Nanos, RegionIndex)> = self
             .regions
             .iter()
-            .filter(|(_, r)| due(r) && r.in_flight == 0 && Self::covered(r, stable))
+            .filter(|(_, r)| due(r.touched) && r.in_flight == 0 && r.covered(stable))
             .map(|(index, r)| (r.touched, *index))
             .collect();
         ready.sort_unstable();
@@ -212,10 +257,15 @@ impl IntentBook {
         }
     }
 
-    /// Memory and map agree. For the invariant check.
+    /// Every account is that of a set region. For the invariant check.
     pub(super) fn is_consistent(&self, store: &MetaStore) -> bool {
-        store.intent().count() == self.regions.len() as u64
-            && self.regions.keys().all(|r| store.intent().get(r.0))
+        self.regions.keys().all(|r| store.intent().get(r.0))
+    }
+
+    /// Set regions with an account of their own.
+    #[cfg(test)]
+    fn accounts(&self) -> usize {
+        self.regions.len()
     }
 }
 

@@ -38,6 +38,8 @@ enum Step {
         idle: u64,
         keep: usize,
     },
+    /// The accounts of what came by resync are taken together.
+    Gather,
     EnterReign,
     Joined,
     Poll,
@@ -57,6 +59,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..2usize).prop_map(Step::MarkSet),
         6 => (prop::option::weighted(0.9, 0u64..6), 0u64..12, 0usize..8)
             .prop_map(|(stable, idle, keep)| Step::Clear { stable, idle, keep }),
+        2 => Just(Step::Gather),
         1 => Just(Step::EnterReign),
         1 => Just(Step::Joined),
         10 => Just(Step::Poll),
@@ -71,6 +74,8 @@ struct Seen {
     last: Option<u64>,
     outside: bool,
     touched: u64,
+    /// Without an account of its own.
+    settled: bool,
 }
 
 impl Seen {
@@ -102,7 +107,7 @@ fn regions_of(blocks: BlockRange) -> BTreeSet<u64> {
 impl Model {
     fn new() -> Self {
         let rig = Rig::new(geometry(), &SLOTS);
-        let book = IntentBook::new(geometry(), &rig.store);
+        let book = IntentBook::new(geometry());
         let (set, writes, lacking) = (BTreeMap::new(), Vec::new(), Default::default());
         Self { rig, book, set, writes, lacking, seq: 0, now: 0 }
     }
@@ -113,7 +118,7 @@ impl Model {
     }
 
     fn mark_set(&mut self, slot: usize) {
-        for region in self.book.regions() {
+        for region in self.rig.store.intent_regions().collect::<Vec<_>>() {
             let blocks = geometry().blocks_of_region(region);
             self.rig.store.dirty_mut(SLOTS[slot]).unwrap().set_range(blocks.start.0, blocks.count);
             if self.book.durable(&self.rig.store, blocks) {
@@ -125,11 +130,12 @@ impl Model {
 
     fn begin(&mut self, blocks: BlockRange) {
         let new = regions_of(blocks).into_iter().filter(|r| !self.set.contains_key(r)).count();
-        assert_eq!(self.book.new_regions(blocks), new);
+        assert_eq!(self.book.new_regions(&self.rig.store, blocks), new);
         self.book.begin(&mut self.rig.store, blocks, Nanos(self.now));
         for region in regions_of(blocks) {
             let seen = self.set.entry(region).or_default();
             seen.in_flight += 1;
+            seen.settled = false;
             seen.touched = self.now;
         }
         self.writes.push(Write { blocks, launched: false });
@@ -157,6 +163,21 @@ impl Model {
         }
     }
 
+    /// Of regions without an account only the latest of what was known of each is kept.
+    fn gather(&mut self) {
+        self.book.settle(&self.rig.store);
+        for (region, seen) in &mut self.set {
+            let blocks = geometry().blocks_of_region(RegionIndex(*region));
+            seen.settled |= seen.outside && seen.in_flight == 0 && self.book.durable(&self.rig.store, blocks);
+        }
+        let all: Vec<Seen> = self.set.values().filter(|seen| seen.settled).cloned().collect();
+        for seen in self.set.values_mut().filter(|seen| seen.settled) {
+            seen.last = all.iter().map(|s| s.last).max().flatten();
+            seen.touched = all.iter().map(|s| s.touched).max().unwrap_or_default();
+            seen.outside = all.iter().any(|s| s.outside);
+        }
+    }
+
     /// The regions that a clear may take: those that are idle, and of the others the longest untouched as long
     /// as there are too many.
     fn clearable(&self, stable: Option<u64>, idle_before: u64, keep: usize) -> BTreeSet<u64> {
@@ -176,31 +197,38 @@ impl Model {
             self.set.values().any(|s| old(s) && !s.may_go(stable))
         };
         for urgent in [true, false] {
-            let wants = self.book.wants_flush(stable.map(WriteSeq), Nanos(idle_before), urgent);
+            let wants =
+                self.book.wants_flush(&self.rig.store, stable.map(WriteSeq), Nanos(idle_before), urgent);
             assert_eq!(wants, wanted(urgent));
         }
         let may_go = self.clearable(stable, idle_before, keep);
+        let excess = self.set.len() > keep;
         // Nothing holds a region back whose bitmaps are on disk, with no write of them under way.
         let free = self.rig.flights.is_empty()
             && SLOTS.iter().all(|slot| !self.rig.store.dirty(*slot).unwrap().has_unsaved_sets(0));
         let (store, before) = (&mut self.rig.store, Nanos(idle_before));
-        self.book.clear_idle(store, stable.map(WriteSeq), before, keep, |store, blocks| {
+        self.book.clear_idle(store, stable.map(WriteSeq), before, keep as u64, |store, blocks| {
             SLOTS.iter().flat_map(|slot| store.save_dirty(*slot, blocks)).collect()
         });
-        let left: BTreeSet<u64> = self.book.regions().iter().map(|r| r.0).collect();
+        let left: BTreeSet<u64> = self.rig.store.intent_regions().map(|r| r.0).collect();
         let gone: BTreeSet<u64> = self.set.keys().copied().filter(|r| !left.contains(r)).collect();
         assert!(gone.is_subset(&may_go), "cleared {gone:?} of {may_go:?}");
         assert!(!free || gone == may_go, "cleared only {gone:?} of {may_go:?}");
         self.set.retain(|region, _| left.contains(region));
+        let due = |s: &Seen| s.may_go(stable) && (s.touched <= idle_before || excess);
+        for seen in self.set.values_mut().filter(|s| s.settled && due(s)) {
+            seen.settled = false;
+        }
     }
 
     /// A crash: a new run takes over what the disk says and marks every set region for all others [R3].
     fn crash(&mut self, lands: u8) {
         self.rig.restart(|at| lands & (1 << (at % 8)) != 0);
-        self.book = IntentBook::new(geometry(), &self.rig.store);
+        self.book = IntentBook::new(geometry());
         self.writes.clear();
         (self.seq, self.set) = (0, BTreeMap::new());
-        self.set.extend(self.book.regions().iter().map(|r| (r.0, Seen::default())));
+        let settled = || Seen { settled: true, ..Seen::default() };
+        self.set.extend(self.rig.store.intent_regions().map(|r| (r.0, settled())));
         self.mark_set(0);
         self.mark_set(1);
     }
@@ -220,6 +248,7 @@ impl Model {
             }
             Step::MarkSet(slot) => self.mark_set(slot),
             Step::Clear { stable, idle, keep } => self.clear(stable, idle, keep),
+            Step::Gather => self.gather(),
             Step::EnterReign => {
                 self.book.enter_reign();
                 self.seq = 0;
@@ -245,11 +274,8 @@ impl Model {
     fn check(&self) {
         let disk = self.rig.read();
         assert!(self.book.is_consistent(&self.rig.store));
-        assert_eq!(self.book.len(), self.set.len());
-        assert_eq!(self.book.regions().iter().map(|r| r.0).collect::<Vec<_>>(), self.keys());
-        let named: Vec<u64> =
-            self.book.runs().iter().flat_map(|run| run.start..run.start + run.count).collect();
-        assert_eq!(named, self.keys());
+        assert_eq!(self.rig.store.intent_regions().map(|r| r.0).collect::<Vec<_>>(), self.keys());
+        assert_eq!(self.book.accounts(), self.set.values().filter(|seen| !seen.settled).count());
         // Design invariant 5.
         for write in self.writes.iter().filter(|w| w.launched) {
             for region in regions_of(write.blocks) {

@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::meta::{Area, Image, Layout, PagedBitmap, Superblock, coarse_runs};
-use crate::types::{BlockRange, ReplicaSlot, SuperblockTrust};
+use crate::types::{BlockRange, RegionIndex, ReplicaSlot, SuperblockTrust};
 use crate::wire::Run;
 
 /// Runs per TiB of volume of a list of blocks that is sent to a peer: 2 MiB of memory, where the bitmap takes 32.
@@ -130,6 +130,11 @@ impl MetaStore {
 
     pub(super) fn intent(&self) -> &PagedBitmap {
         &self.intent
+    }
+
+    /// The set regions of the intent map.
+    pub(super) fn intent_regions(&self) -> impl Iterator<Item = RegionIndex> + use<'_> {
+        self.intent.runs(0).flat_map(|run| run.start..run.start + run.count).map(RegionIndex)
     }
 
     pub(super) fn intent_mut(&mut self) -> &mut PagedBitmap {

@@ -163,7 +163,7 @@ impl Replica {
         let same_os_boot = superblock.os_boot == boot.os_boot;
         let notes = boot.image.notes.clone();
         let mut store = MetaStore::new(boot.image);
-        let intents = IntentBook::new(geometry, &store);
+        let intents = IntentBook::new(geometry);
         if boot.data_replaced && !mutated(Mutation::R15) {
             store.change_superblock(|sb| {
                 sb.member = None;
@@ -471,7 +471,7 @@ impl Replica {
 
     /// Marks every set intent region whole in the bitmap of `slot` [R3, R12].
     fn mark_intents_for(&mut self, slot: ReplicaSlot) {
-        for region in self.intents.regions() {
+        for region in self.store.intent_regions().collect::<Vec<_>>() {
             let blocks = self.geometry.blocks_of_region(region);
             if let Some(bitmap) = self.store.dirty_mut(slot) {
                 bitmap.set_range(blocks.start.0, blocks.count);

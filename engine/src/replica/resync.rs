@@ -269,7 +269,7 @@ impl Replica {
         let (slot, theirs) = (peer.slot, peer.intents.clone());
         let Some(incarnation) = peer.session.map(|s| s.incarnation) else { return };
         let regions = self.geometry.regions();
-        let mut intents: BTreeSet<RegionIndex> = self.intents.regions().into_iter().collect();
+        let mut intents: BTreeSet<RegionIndex> = self.store.intent_regions().collect();
         for run in theirs {
             let end = run.start.saturating_add(run.count).min(regions);
             intents.extend((run.start..end).map(RegionIndex));

@@ -85,7 +85,7 @@ impl Replica {
             health: self.health(),
             serving: self.in_service(),
             writes_acked: self.writes_acked,
-            intent_regions: self.intents.len() as u64,
+            intent_regions: self.store.intent().count(),
             peers: self.peers.keys().map(|node| self.peer_status(*node)).collect(),
             report: self.report(),
             failure: self.failure.clone(),

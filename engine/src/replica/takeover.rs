@@ -25,7 +25,7 @@ impl Replica {
         // Whatever an intent region holds, others may lack it, or hold what is lacking here [R3].
         self.mark_intents_for_all();
         self.refresh_acks();
-        let regions = self.intents.len() as u64;
+        let regions = self.store.intent().count();
         self.event(Event::TookOver { reign, regions });
         for node in self.peers.keys().copied().collect::<Vec<NodeId>>() {
             if let Some(peer) = self.peers.get_mut(&node) {

@@ -162,12 +162,12 @@ impl Replica {
     /// Sets the bits of a request's regions if they are not set yet, within the bound on set regions and not
     /// before those of an earlier request. True if they are durable.
     fn set_intent(&mut self, id: OpId) -> bool {
-        let max = usize::try_from(self.settings().intent_regions_max).unwrap_or(usize::MAX);
+        let max = u64::from(self.settings().intent_regions_max);
         let Some(primary) = &mut self.primary else { return false };
         let op = primary.ops.get_mut(&id).expect("a request waiting for its intent exists");
         let (intents, store) = (&mut self.intents, &mut self.store);
         if !op.intent {
-            primary.intent_full |= intents.len() >= max && intents.new_regions(op.blocks) > 0;
+            primary.intent_full |= store.intent().count() >= max && intents.new_regions(store, op.blocks) > 0;
             primary.flush_wanted |= primary.intent_full;
             if primary.intent_full {
                 return false;
