@@ -45,13 +45,16 @@ fn volume_and_epoch() -> impl Strategy<Value = (VolumeId, Epoch)> {
 }
 
 fn settings() -> impl Strategy<Value = VolumeSettings> {
-    (any::<(bool, u32, u32)>(), time(), time()).prop_map(
-        |((always, intent_regions_max, resync_window_bytes), peer_timeout, disk_timeout)| VolumeSettings {
-            durability: if always { Durability::Always } else { Durability::Flush },
-            peer_timeout,
-            disk_timeout,
-            intent_regions_max,
-            resync_window_bytes,
+    (any::<(bool, u32, u32)>(), time(), time(), time()).prop_map(
+        |((always, intent_regions_max, resync_window_bytes), peer_timeout, disk_timeout, budget)| {
+            VolumeSettings {
+                durability: if always { Durability::Always } else { Durability::Flush },
+                peer_timeout,
+                disk_timeout,
+                intent_regions_max,
+                resync_window_bytes,
+                resync_latency_budget: budget,
+            }
         },
     )
 }

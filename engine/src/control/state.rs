@@ -31,9 +31,9 @@ pub const ADDR_LEN_MAX: usize = 256;
 pub const LEASE_MIN: Duration = Duration::from_millis(100);
 /// Longest lease that can be set.
 pub const LEASE_MAX: Duration = Duration::from_secs(60);
-/// Shortest timeout of a volume that can be set.
+/// Shortest time-out and latency budget of a volume that can be set.
 pub const TIMEOUT_MIN: Duration = Duration::from_millis(1);
-/// Longest timeout of a volume that can be set.
+/// Longest time-out and latency budget of a volume that can be set.
 pub const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Results remembered per node so that a retried request has no second effect.
 pub const REQUESTS_REMEMBERED_MAX: usize = 64;
@@ -242,7 +242,12 @@ impl Default for ClusterState {
 /// Settings that a replica can work with: with others it would stand still, or overflow in reckoning with
 /// them, on every node at once.
 pub(super) fn check_settings(s: &VolumeSettings) -> Result<(), String> {
-    for (what, given) in [("peer_timeout", s.peer_timeout), ("disk_timeout", s.disk_timeout)] {
+    let times = [
+        ("peer_timeout", s.peer_timeout),
+        ("disk_timeout", s.disk_timeout),
+        ("resync_latency_budget", s.resync_latency_budget),
+    ];
+    for (what, given) in times {
         if !(TIMEOUT_MIN..=TIMEOUT_MAX).contains(&given) {
             return Err(format!("{what} {given:?} is not between {TIMEOUT_MIN:?} and {TIMEOUT_MAX:?}"));
         }

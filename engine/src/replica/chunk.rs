@@ -9,17 +9,15 @@ use crate::mutation::{Mutation, mutated};
 use crate::types::{BlockRange, NodeId};
 use crate::wire::{Payload, PeerMsg};
 
-use super::Replica;
 use super::disk::Purpose;
 use super::io::{DiskErrorKind, DiskOp, DiskResult, Event};
 use super::primary::LockOwner;
 use super::range_lock::LockId;
 use super::resync::{Request, TargetPhase};
+use super::{Replica, TICK};
 
 /// Most blocks of one chunk: 256 KiB, what a client's write may have to wait for.
 const CHUNK_BLOCKS: u64 = 64;
-/// Chunks in flight while clients are busy: the floor that lets a resync end under load.
-const BUSY_CHUNKS: usize = 2;
 
 /// Names a chunk. Never reused: a read for an ended resync may complete during the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,24 +39,29 @@ pub(super) struct Chunk {
 }
 
 impl Replica {
-    /// Keeps the window full.
+    /// Keeps full what may be in flight.
     pub(super) fn pump_chunks(&mut self, node: NodeId) {
-        loop {
-            let settings = self.settings();
-            let block_size = self.geometry.block_size();
-            let Some(primary) = &self.primary else { return };
-            let Some(target) = primary.targets.get(&node) else { return };
-            let window = u64::from(settings.resync_window_bytes) / (CHUNK_BLOCKS * u64::from(block_size));
-            let window = usize::try_from(window).unwrap_or(usize::MAX).max(1);
-            let busy = primary.started() > 0;
-            let limit = if busy { window.min(BUSY_CHUNKS) } else { window };
-            let phase = matches!(target.phase, TargetPhase::Copying | TargetPhase::Draining);
-            if !phase || target.chunks.len() >= limit || self.now < target.paused_until {
-                return;
-            }
+        while self.chunk_may_begin(node) {
             let Some(range) = self.next_range(node) else { return };
             self.begin_chunk(node, range);
         }
+    }
+
+    /// The window bounds what is in flight, and the clients' latency budget. Nobody is served before the members
+    /// of a new reign are reconciled, so that one is not held back.
+    fn chunk_may_begin(&self, node: NodeId) -> bool {
+        let window = u64::from(self.settings().resync_window_bytes);
+        let window = window / (CHUNK_BLOCKS * u64::from(self.geometry.block_size()));
+        let window = usize::try_from(window).unwrap_or(usize::MAX).max(1);
+        let Some(primary) = &self.primary else { return false };
+        let Some(target) = primary.targets.get(&node) else { return false };
+        let phase = matches!(target.phase, TargetPhase::Copying | TargetPhase::Draining);
+        let limit = if target.member { window } else { primary.budget.limit(window) };
+        let room = match limit {
+            0 => target.chunks.is_empty() && target.chunk_begun.after(TICK) <= self.now,
+            limit => target.chunks.len() < limit,
+        };
+        phase && room && self.now >= target.paused_until
     }
 
     /// The next run of blocks that the target lacks and that nobody brings it yet; goes round once.
@@ -115,6 +118,7 @@ impl Replica {
         let compare = region.is_some_and(|r| target.compares(r));
         let chunk = Chunk { range, lock, granted: false, blocks: range, compare, payload: None, left: 0 };
         target.chunks.insert(id, chunk);
+        target.chunk_begun = self.now;
         if granted {
             self.chunk_granted(node, id);
         }

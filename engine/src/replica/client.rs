@@ -26,7 +26,7 @@ impl Replica {
             return;
         };
         if matches!(request.op, ClientOp::Flush) || request.len == 0 {
-            primary.enqueue(id, request, BlockRange::default());
+            primary.enqueue(id, request, BlockRange::default(), self.now);
             return;
         }
         let bytes = ByteRange { offset: request.offset, len: request.len };
@@ -37,7 +37,7 @@ impl Replica {
             return;
         }
         let blocks = self.geometry.blocks_of(bytes);
-        primary.enqueue(id, request, blocks);
+        primary.enqueue(id, request, blocks, self.now);
     }
 
     /// What has not started is dropped; what has runs to its end, unanswered [R24].
@@ -205,9 +205,13 @@ impl Replica {
     /// Ends a request: gives its lock and buffers up and queues the answer. `result` of a read names
     /// the buffer, which then belongs to the answer.
     pub(super) fn finish(&mut self, id: OpId, result: Result<ReplyData, ClientError>) {
+        let (now, budget) = (self.now, self.settings().resync_latency_budget);
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.remove(&id).expect("a request finishes once");
         assert!(!op.intent, "a request finished with its intent open");
+        if !primary.targets.is_empty() {
+            primary.budget.answered(now.since(op.arrived), budget);
+        }
         let acked_write = result.is_ok() && matches!(op.request.op, ClientOp::Write(_) | ClientOp::Zero);
         let let_in = op.lock.map(|lock| primary.locks.release(lock)).unwrap_or_default();
         let buf = match result {

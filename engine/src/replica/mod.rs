@@ -25,6 +25,7 @@
 // Lengths are bounded by Geometry and PAYLOAD_BYTES_MAX; a silent truncation would corrupt data.
 #![deny(clippy::cast_possible_truncation)]
 
+mod budget;
 mod chunk;
 mod client;
 mod config;

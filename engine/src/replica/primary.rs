@@ -11,6 +11,7 @@ use crate::rising_map::{RisingMap, rising};
 use crate::types::{BlockRange, Incarnation, Nanos, NodeId, Proposal, Reign};
 use crate::wire::{BufId, Payload, WriteSeq};
 
+use super::budget::Budget;
 use super::chunk::ChunkId;
 use super::flusher::FlushTicket;
 use super::hold::Hold;
@@ -80,6 +81,7 @@ pub(super) enum Stage {
 #[derive(Debug)]
 pub(super) struct Op {
     pub(super) request: ClientRequest,
+    pub(super) arrived: Nanos,
     pub(super) blocks: BlockRange,
     pub(super) stage: Stage,
     pub(super) lock: Option<LockId>,
@@ -188,6 +190,8 @@ pub(super) struct Primary {
     /// Who must commit a write besides this replica: the other named members, and who is joining.
     pub(super) acks: BTreeMap<NodeId, Incarnation>,
     pub(super) targets: BTreeMap<NodeId, Target>,
+    /// What resyncs may do at once.
+    pub(super) budget: Budget,
     pub(super) removal: Option<Removal>,
     pub(super) pending: Option<Pending>,
     pub(super) retry_after: Nanos,
@@ -217,6 +221,7 @@ impl Primary {
             undecided: false,
             acks: BTreeMap::new(),
             targets: BTreeMap::new(),
+            budget: Budget::new(now),
             removal: None,
             pending: None,
             retry_after: Nanos(0),
@@ -237,9 +242,11 @@ impl Primary {
     }
 
     /// Puts a request at the end of the queue.
-    pub(super) fn enqueue(&mut self, id: OpId, request: ClientRequest, blocks: BlockRange) {
+    pub(super) fn enqueue(&mut self, id: OpId, request: ClientRequest, blocks: BlockRange, now: Nanos) {
+        self.budget.asked(now);
         let op = Op {
             request,
+            arrived: now,
             blocks,
             stage: Stage::Lock,
             lock: None,

@@ -101,7 +101,7 @@ impl Replica {
             len: blocks.count * block_size,
             fua: false,
         };
-        primary.enqueue(id, request, blocks);
+        primary.enqueue(id, request, blocks, self.now);
         if let Some(op) = primary.ops.get_mut(&id) {
             op.orphan = true;
         }

@@ -88,6 +88,8 @@ pub(super) struct Target {
     /// A block that it lacks could not be read here.
     pub(super) unreadable: bool,
     pub(super) chunks: BTreeMap<ChunkId, Chunk>,
+    /// When the last one began.
+    pub(super) chunk_begun: Nanos,
     pub(super) requests: BTreeMap<u64, Request>,
     pub(super) live: BTreeMap<u64, WriteSeq>,
     unanswered: BTreeMap<WriteSeq, BlockRange>,
@@ -297,6 +299,7 @@ impl Replica {
             rounds: 0,
             unreadable: false,
             chunks: BTreeMap::new(),
+            chunk_begun: self.now,
             requests: BTreeMap::new(),
             live: BTreeMap::new(),
             unanswered: BTreeMap::new(),
@@ -307,6 +310,7 @@ impl Replica {
             paused_until: self.now,
         };
         if let Some(primary) = &mut self.primary {
+            primary.budget.begin(self.now);
             primary.targets.insert(node, target);
         }
     }
@@ -555,6 +559,9 @@ impl Replica {
         self.end_stuck_targets();
         let now = self.now;
         let Some(primary) = &mut self.primary else { return };
+        if !primary.targets.is_empty() {
+            primary.budget.tick(now);
+        }
         for target in primary.targets.values_mut() {
             let elapsed = now.since(target.speed.0);
             if elapsed.as_millis() >= 1000 {

@@ -42,6 +42,8 @@ pub struct VolumeSettings {
     pub intent_regions_max: u32,
     /// Bytes of resync copies in flight per target.
     pub resync_window_bytes: u32,
+    /// Of a hundred client requests at most one should take longer because of a resync: it yields then.
+    pub resync_latency_budget: Duration,
 }
 
 impl Default for VolumeSettings {
@@ -52,6 +54,7 @@ impl Default for VolumeSettings {
             disk_timeout: Duration::from_secs(30),
             intent_regions_max: 256,
             resync_window_bytes: 4 << 20,
+            resync_latency_budget: Duration::from_millis(10),
         }
     }
 }

@@ -15,12 +15,12 @@ use crate::types::{
 };
 
 const KIND: FrameKind = FrameKind::Config;
-const FIXED_LEN: usize = 144;
+const FIXED_LEN: usize = 152;
 const MEMBER_LEN: usize = 24;
 const REPLICA_LEN: usize = 32;
 const FORK_LEN: usize = 24;
 /// Bytes of the shortest config: one replica, one member, no history.
-pub(super) const CONFIG_LEN_MIN: u32 = 200;
+pub(super) const CONFIG_LEN_MIN: u32 = 208;
 
 const _: () = assert!(FIXED_LEN + MEMBER_LEN + REPLICA_LEN == CONFIG_LEN_MIN as usize);
 
@@ -56,6 +56,7 @@ pub(super) fn encode_config(view: &ConfigView, out: &mut Vec<u8>) {
     out.extend_from_slice(&nanos(view.settings.disk_timeout).to_le_bytes());
     out.extend_from_slice(&view.settings.intent_regions_max.to_le_bytes());
     out.extend_from_slice(&view.settings.resync_window_bytes.to_le_bytes());
+    out.extend_from_slice(&nanos(view.settings.resync_latency_budget).to_le_bytes());
     put_member(out, view.primary.unwrap_or(NOBODY));
     debug_assert_eq!(out.len() - at, FIXED_LEN);
     for member in &view.in_sync {
@@ -118,6 +119,7 @@ fn decode_fixed(c: &mut Cursor<'_>) -> Result<(ConfigView, Counts), WireError> {
         disk_timeout: Duration::from_nanos(c.u64()?),
         intent_regions_max: c.u32()?,
         resync_window_bytes: c.u32()?,
+        resync_latency_budget: Duration::from_nanos(c.u64()?),
     };
     let primary = optional(KIND, "primary", has_primary, c.member()?, NOBODY)?;
     if in_sync == 0 || in_sync > replicas {
@@ -283,7 +285,7 @@ mod tests {
             (91, 9),
             (92, 2),
             (95, 0xff),
-            (144 + 48 + 10, 1),
+            (152 + 48 + 10, 1),
         ] {
             let mut bad = good.clone();
             bad[at] = value;

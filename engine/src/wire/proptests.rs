@@ -59,12 +59,15 @@ fn geometry() -> impl Strategy<Value = Geometry> {
 }
 
 fn settings() -> impl Strategy<Value = VolumeSettings> {
-    any::<(bool, u64, u64, u32, u32)>().prop_map(|(always, peer, disk, regions, window)| VolumeSettings {
-        durability: if always { Durability::Always } else { Durability::Flush },
-        peer_timeout: Duration::from_nanos(peer),
-        disk_timeout: Duration::from_nanos(disk),
-        intent_regions_max: regions,
-        resync_window_bytes: window,
+    any::<(bool, u64, u64, u32, u32, u64)>().prop_map(|(always, peer, disk, regions, window, budget)| {
+        VolumeSettings {
+            durability: if always { Durability::Always } else { Durability::Flush },
+            peer_timeout: Duration::from_nanos(peer),
+            disk_timeout: Duration::from_nanos(disk),
+            intent_regions_max: regions,
+            resync_window_bytes: window,
+            resync_latency_budget: Duration::from_nanos(budget),
+        }
     })
 }
 

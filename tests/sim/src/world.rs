@@ -130,6 +130,7 @@ impl Shape {
             disk_timeout: ms(rng.pick(&[1500, 4000, 30_000])),
             intent_regions_max: u32::try_from(rng.pick(&[1, 2, 4, 256])).expect("small"),
             resync_window_bytes: u32::try_from(rng.pick(&[4096, 65536, 4 << 20])).expect("small"),
+            resync_latency_budget: ms(rng.pick(&[1, 10, 1000])),
         };
         let clients = rng.between(1, 4);
         let faults_for = rng.between(4, 16) * S;

@@ -361,6 +361,8 @@ fn settings_that_no_replica_can_work_with_are_refused() {
     for bad in [
         VolumeSettings { peer_timeout: Duration::MAX, ..good },
         VolumeSettings { disk_timeout: Duration::ZERO, ..good },
+        VolumeSettings { resync_latency_budget: Duration::ZERO, ..good },
+        VolumeSettings { resync_latency_budget: Duration::MAX, ..good },
         VolumeSettings { intent_regions_max: 0, ..good },
         VolumeSettings { resync_window_bytes: 1, ..good },
     ] {

@@ -589,6 +589,52 @@ fn r21_a_copy_waits_for_the_write_of_its_block() {
 
 /// A live write for which there is no room is not sent; an older one of the same block must not clear
 /// the bit then, whatever else its answer covers.
+/// For one tick clients wait longer than they may.
+fn tick_of_late_answers(world: &mut World) {
+    hang(world, 1, Hang::Read);
+    for block in [16_000, 16_001, 16_002] {
+        world.read(node(1), block);
+    }
+    world.settle();
+    world.pass(Duration::from_millis(50));
+    world.nodes.get_mut(&node(1)).unwrap().hangs.clear();
+    world.settle();
+}
+
+/// The resync of node 2 begins with clients about, and two of its chunks, a region each, stay under way.
+#[test]
+fn a_resync_that_makes_clients_late_goes_on_by_one_chunk_a_tick() {
+    let mut options = Options { blocks: 64 * 256, ..Options::default() };
+    options.settings.resync_latency_budget = Duration::from_millis(10);
+    let mut world = World::new(&options);
+    world.run(12);
+    world.crash(node(2));
+    world.run(20);
+    world.zero_bytes(node(1), 0, 256 * 16 * BLOCK);
+    world.run(60);
+    let away = dirty_count(&mut world, 1, 1);
+    hang(&mut world, 2, Hang::Write(0));
+    hang(&mut world, 2, Hang::Write(16));
+    world.read(node(1), 16_000);
+    world.start(node(2));
+    world.run(6);
+    assert_eq!(dirty_count(&mut world, 1, 1), away, "the two that hang fill what may be in flight");
+    for _ in 0..8 {
+        tick_of_late_answers(&mut world);
+    }
+    return_all(&mut world);
+    world.settle();
+    let mut left = dirty_count(&mut world, 1, 1);
+    for _ in 0..10 {
+        tick_of_late_answers(&mut world);
+        let now = dirty_count(&mut world, 1, 1);
+        assert_eq!(left - now, 16, "{left} blocks were lacking");
+        left = now;
+    }
+    world.run(60); // without clients it is done soon
+    assert!(world.all_in_sync(), "{:#?}", world.summary());
+}
+
 #[test]
 fn r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_that_was_not_sent() {
     let mut world = resync_with_window(64, 5); // one chunk at a time, and the first one hangs
