@@ -212,6 +212,8 @@ pub enum VolumeCommand {
     List,
     /// Show one volume.
     Show(VolumeArg),
+    /// Change settings of a volume, at once and under load; what is not named stays.
+    Set(VolumeSetArgs),
     /// Make this node's lost or refused replica anew, empty; it then gets everything by resync.
     Recreate(VolumeRecreateArgs),
 }
@@ -231,6 +233,27 @@ pub struct VolumeCreateArgs {
     /// When a write is committed.
     #[arg(long, value_enum, default_value_t = DurabilityArg::Flush)]
     pub durability: DurabilityArg,
+}
+
+/// `blkrepl volume set`.
+#[derive(Debug, Args)]
+pub struct VolumeSetArgs {
+    /// Name of the volume.
+    pub volume: String,
+    /// Latency budget of clients while a replica is resynced, in milliseconds: the resync yields when more than
+    /// one request in a hundred takes longer [a new volume's: 10].
+    #[arg(long, value_name = "MS")]
+    pub resync_latency: Option<u64>,
+    /// Most bytes of resync copies in flight per target, such as 16MiB [a new volume's: 4MiB].
+    #[arg(long, value_name = "SIZE", value_parser = parse_window)]
+    pub resync_window: Option<u32>,
+    /// A member that answers nothing for so many milliseconds is taken out of the in-sync set [a new volume's:
+    /// 1000].
+    #[arg(long, value_name = "MS")]
+    pub peer_timeout: Option<u64>,
+    /// A disk request that takes more milliseconds makes its replica unhealthy [a new volume's: 30000].
+    #[arg(long, value_name = "MS")]
+    pub disk_timeout: Option<u64>,
 }
 
 /// `blkrepl volume recreate`.
@@ -346,6 +369,11 @@ fn parse_block_size(text: &str) -> Result<u32, String> {
     u32::try_from(size).ok().filter(|size| *size <= BLOCK_SIZE_MAX).ok_or_else(|| {
         format!("{size} bytes are more than one NBD request may have; at most {BLOCK_SIZE_MAX}")
     })
+}
+
+fn parse_window(text: &str) -> Result<u32, String> {
+    let size = parse_size(text)?;
+    u32::try_from(size).map_err(|_| format!("{size} bytes are more than {} that a window may have", u32::MAX))
 }
 
 fn parse_seconds(text: &str) -> Result<Duration, String> {

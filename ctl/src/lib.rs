@@ -21,5 +21,6 @@ pub mod ops;
 pub mod render;
 pub mod run;
 pub mod serve;
+pub mod settings;
 pub mod signals;
 pub mod supervisor;

@@ -16,10 +16,11 @@ use blkrepl_engine::types::{
 use serde::{Deserialize, Serialize};
 
 use crate::admin::server::{AdminApi, ReplyFuture, to_reply};
-use crate::admin::{Done, DurabilityWord, Reply, Request, StatusView};
+use crate::admin::{Done, DurabilityWord, Reply, Request, SettingsChange, StatusView};
 use crate::cli::DurabilityArg;
 use crate::config::check_name;
 use crate::events::Happening;
+use crate::render;
 use crate::serve::files;
 use crate::serve::node::Node;
 use crate::serve::status::{Gathered, OwnReplicas, node_name};
@@ -106,6 +107,7 @@ impl AdminApi for Ops {
                 Request::VolumeCreate { volume, size, replicas, durability } => {
                     create(&node, &volume, size, &replicas, durability).await
                 }
+                Request::VolumeSet { volume, change } => set(&node, &volume, change).await,
                 Request::VolumeRecreate { volume, discard_data } => {
                     recreate(&node, &volume, discard_data).await
                 }
@@ -399,6 +401,23 @@ async fn wait_served(node: &Arc<Node>, volume: VolumeId, limit: Duration) {
     }
 }
 
+/// Changes settings. Fails if another change of the volume came first.
+async fn set(node: &Arc<Node>, name: &str, change: SettingsChange) -> Result<Done, String> {
+    let state = node.state();
+    let record = find(&state, name)?;
+    let (id, settings) = (record.id, change.of(record.settings));
+    if settings == record.settings {
+        return Ok(done(node, id, format!("volume {name} has these settings already")));
+    }
+    submit(node, ClusterOp::ChangeSettings { volume: id, expected_epoch: record.epoch, settings }).await?;
+    if !wait_for(node, id, CHANGE_TIMEOUT, |v| v.settings == settings).await {
+        return Err(not_shown(name, "the change of settings"));
+    }
+    let text = format!("volume {name} has its new settings: {}", render::settings(&settings.into()));
+    node.events.record(Some(name), Happening::new("settings_changed", text.clone()));
+    Ok(done(node, id, text))
+}
+
 async fn recreate(node: &Arc<Node>, name: &str, discard: bool) -> Result<Done, String> {
     let state = node.state();
     let id = find(&state, name)?.id;
@@ -608,7 +627,7 @@ async fn loss(node: &Arc<Node>, record: &VolumeRecord) -> String {
     match mine.and_then(|r| r.dirty_bytes).filter(|_| answered) {
         Some(bytes) => format!(
             "--force would discard up to {bytes} bytes ({}) that {holders} holds and {} lacks",
-            crate::render::bytes(bytes),
+            render::bytes(bytes),
             node.config.name
         ),
         None => format!(

@@ -2,7 +2,7 @@
 //!
 //! Text for people, free to change. Pure: values in, text out.
 
-use crate::admin::{Done, NodeView, ReplicaView, StatusView, VolumeView};
+use crate::admin::{Done, NodeView, ReplicaView, SettingsView, StatusView, VolumeView};
 use crate::events::{EventRecord, format_wall};
 
 /// Bytes with a binary unit and at most one digit after the point.
@@ -121,7 +121,19 @@ pub fn volume(v: &VolumeView) -> String {
     if let Some(note) = &v.note {
         out.push_str(&format!("  {note}\n"));
     }
+    out.push_str(&format!("  settings: {}\n", settings(&v.settings)));
     out
+}
+
+/// Settings in one line.
+pub fn settings(s: &SettingsView) -> String {
+    format!(
+        "resync-latency {} ms, resync-window {}, peer-timeout {} ms, disk-timeout {} ms",
+        s.resync_latency_ms,
+        bytes(s.resync_window_bytes.into()),
+        s.peer_timeout_ms,
+        s.disk_timeout_ms
+    )
 }
 
 fn service(v: &VolumeView) -> &'static str {
@@ -163,6 +175,8 @@ pub fn done(d: &Done) -> String {
 pub(crate) mod tests {
     use proptest::prelude::*;
 
+    use blkrepl_engine::types::VolumeSettings;
+
     use super::*;
     use crate::admin::{DurabilityWord, ResyncView};
 
@@ -173,6 +187,7 @@ pub(crate) mod tests {
             size: 1 << 30,
             block_size: 4096,
             durability: DurabilityWord::Flush,
+            settings: VolumeSettings::default().into(),
             epoch: 5,
             reign: 4,
             lineage: "1".repeat(32),
@@ -237,6 +252,7 @@ volume vol0  1 GiB  serving  primary n2  epoch 5  reign 4  degraded
   NODE  ROLE       STATE      LACKS  RESYNC
   n1    secondary  resyncing  3 MiB  1 MiB of 4 MiB at 1 MiB/s, 3 s left
   n2    primary    in-sync    0 B    -
+  settings: resync-latency 10 ms, resync-window 4 MiB, peer-timeout 1000 ms, disk-timeout 30000 ms
 ";
         assert_eq!(volume(&sample()), expected);
     }

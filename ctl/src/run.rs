@@ -10,7 +10,7 @@ use serde_json::json;
 use tracing_subscriber::EnvFilter;
 
 use crate::admin::client::{self, ANSWER_TIMEOUT, AdminClient};
-use crate::admin::{Done, Request, StatusView, VolumeView};
+use crate::admin::{Done, Request, SettingsChange, StatusView, VolumeView};
 use crate::cli::{
     Cli, ClusterCommand, Command, EXIT_DONE, EXIT_FAILED, EventsArgs, NodeCommand, VolumeCommand,
 };
@@ -115,6 +115,18 @@ fn volume(cli: &Cli, command: &VolumeCommand) -> anyhow::Result<()> {
                     durability: args.durability.into(),
                 },
             )
+        }
+        VolumeCommand::Set(args) => {
+            let wanted = SettingsChange {
+                peer_timeout_ms: args.peer_timeout,
+                disk_timeout_ms: args.disk_timeout,
+                resync_window_bytes: args.resync_window,
+                resync_latency_ms: args.resync_latency,
+            };
+            if wanted == SettingsChange::default() {
+                anyhow::bail!("name at least one setting to change; see `blkrepl volume set --help`");
+            }
+            change(cli, &Request::VolumeSet { volume: args.volume.clone(), change: wanted })
         }
         VolumeCommand::Recreate(args) => change(
             cli,

@@ -1,5 +1,5 @@
 //! Who is primary, by an operator's word: promote, forced promotion, demote, move. A refusal gives the
-//! reason and the next step; a move loses nothing; nothing moves a role back.
+//! reason and the next step; a move loses nothing; nothing moves a role back. And what else an operator sets.
 
 use std::time::{Duration, Instant};
 
@@ -210,5 +210,42 @@ fn of_two_creations_of_one_name_one_succeeds_whole() {
             })?;
         }
         Ok(())
+    });
+}
+
+#[test]
+fn settings_change_under_load_on_every_node() {
+    with_cluster("settings", ClusterOptions::sized(SIZE), |cluster| {
+        let volume = cluster.volume().to_owned();
+        let (primary, secondary) = (cluster.wait_primary(FAILOVER_LIMIT)?, cluster.secondary()?);
+        let mut link = connect_any(&cluster.targets()?, FAILOVER_LIMIT)?;
+        link.write(0, &[0x33; 4096])?;
+        let set = |options: &[&str]| {
+            let words: Vec<&str> = ["volume", "set", &volume].iter().chain(options).copied().collect();
+            cluster.cli(&secondary, &words)
+        };
+        let done = set(&["--resync-latency", "3", "--resync-window", "8MiB"])?.ok()?;
+        ensure!(done.stdout.contains("resync-latency 3 ms, resync-window 8 MiB"), "{}", done.stdout);
+        set(&["--resync-latency", "3"])?.ok()?;
+        for node in [&primary, &secondary] {
+            wait_for("the settings", FAILOVER_LIMIT, || {
+                let shown = cluster.cli(node, &["volume", "show", &volume, "--json"])?.ok()?;
+                let shown: serde_json::Value = serde_json::from_str(&shown.stdout)?;
+                let settings = &shown["settings"];
+                ensure!(settings["resync_latency_ms"] == 3, "{settings}");
+                ensure!(settings["resync_window_bytes"] == 8 << 20, "{settings}");
+                ensure!(settings["peer_timeout_ms"] == 1000, "what is not named stays: {settings}");
+                Ok(())
+            })?;
+        }
+        link.write(BLOCK, &[0x44; 4096])?;
+        link.flush()?;
+        refused(&set(&[])?, &["at least one setting", "--help"])?;
+        refused(&set(&["--resync-latency", "0"])?, &["resync_latency_budget", "1ms"])?;
+        refused(&set(&["--resync-window", "1"])?, &["resync_window_bytes", "4096"])?;
+        refused(&cluster.cli(&primary, &["volume", "set", "vol9", "--resync-latency", "3"])?, &["vol9"])?;
+        ensure!(link.read(0, 4096)? == [0x33; 4096], "the link is the same and reads what it wrote");
+        cluster.wait_in_sync(SYNC_LIMIT)?;
+        cluster.compare_replicas()
     });
 }

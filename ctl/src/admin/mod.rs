@@ -41,6 +41,14 @@ pub enum Request {
         #[serde(default)]
         durability: DurabilityWord,
     },
+    /// Change settings of a volume; what is not named stays.
+    VolumeSet {
+        /// Name.
+        volume: String,
+        /// What changes.
+        #[serde(default)]
+        change: SettingsChange,
+    },
     /// Make this node's replica anew.
     VolumeRecreate {
         /// Name.
@@ -88,6 +96,39 @@ pub enum DurabilityWord {
     Flush,
     /// Every write is stable.
     Always,
+}
+
+/// Settings of a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SettingsView {
+    /// A member that answers nothing for so many milliseconds is taken out of the in-sync set.
+    pub peer_timeout_ms: u64,
+    /// A disk request that takes more milliseconds makes its replica unhealthy.
+    pub disk_timeout_ms: u64,
+    /// Most intent regions set at once.
+    pub intent_regions_max: u32,
+    /// Bytes of resync copies in flight per target.
+    pub resync_window_bytes: u32,
+    /// Milliseconds that, because of a resync, at most one client request in a hundred should exceed.
+    pub resync_latency_ms: u64,
+}
+
+/// A change of settings; the fields mean what those of [`SettingsView`] do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SettingsChange {
+    /// Milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer_timeout_ms: Option<u64>,
+    /// Milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_timeout_ms: Option<u64>,
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resync_window_bytes: Option<u32>,
+    /// Milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resync_latency_ms: Option<u64>,
 }
 
 /// The answer to one request.
@@ -164,6 +205,8 @@ pub struct VolumeView {
     pub block_size: u32,
     /// `flush` or `always`.
     pub durability: DurabilityWord,
+    /// Its settings.
+    pub settings: SettingsView,
     /// Committed changes.
     pub epoch: u64,
     /// Epoch at which the primary took over.

@@ -26,6 +26,7 @@ fn request() -> impl Strategy<Value = Request> {
             replicas,
             durability,
         }),
+        (any::<String>(), change()).prop_map(|(volume, change)| Request::VolumeSet { volume, change }),
         any::<(String, bool)>()
             .prop_map(|(volume, discard_data)| Request::VolumeRecreate { volume, discard_data }),
         any::<(String, bool, bool)>().prop_map(|(volume, force, discard_inconsistent)| Request::Promote {
@@ -37,6 +38,28 @@ fn request() -> impl Strategy<Value = Request> {
         any::<(String, String)>().prop_map(|(volume, to)| Request::Move { volume, to }),
         any::<u64>().prop_map(|ms| Request::SetLease { ms }),
     ]
+}
+
+fn change() -> impl Strategy<Value = SettingsChange> {
+    any::<(Option<u64>, Option<u64>, Option<u32>, Option<u64>)>().prop_map(|(peer, disk, window, latency)| {
+        SettingsChange {
+            peer_timeout_ms: peer,
+            disk_timeout_ms: disk,
+            resync_window_bytes: window,
+            resync_latency_ms: latency,
+        }
+    })
+}
+
+prop_compose! {
+    fn settings()(
+        (peer_timeout_ms, disk_timeout_ms, resync_latency_ms) in any::<(u64, u64, u64)>(),
+        (intent_regions_max, resync_window_bytes) in any::<(u32, u32)>(),
+    ) -> SettingsView {
+        SettingsView {
+            peer_timeout_ms, disk_timeout_ms, intent_regions_max, resync_window_bytes, resync_latency_ms,
+        }
+    }
 }
 
 fn value() -> impl Strategy<Value = Value> {
@@ -103,14 +126,14 @@ prop_compose! {
     fn volume()(
         (name, id, lineage) in any::<(String, String, String)>(),
         (size, block_size, epoch, reign) in any::<(u64, u32, u64, u64)>(),
-        durability in durability(),
+        (durability, settings) in (durability(), settings()),
         (primary, note) in any::<(Option<String>, Option<String>)>(),
         (demoted, serving, degraded) in any::<(bool, bool, bool)>(),
         in_sync in vec(any::<String>(), 0..3),
         replicas in vec(replica(), 0..3),
     ) -> VolumeView {
         VolumeView {
-            name, id, size, block_size, durability, epoch, reign, lineage, primary, demoted, serving, degraded,
+            name, id, size, block_size, durability, settings, epoch, reign, lineage, primary, demoted, serving, degraded,
             in_sync, note, replicas,
         }
     }
