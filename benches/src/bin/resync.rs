@@ -22,6 +22,9 @@ struct Cli {
     /// Measured seconds of whatever is not a resync.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..600))]
     seconds: u64,
+    /// The clients' latency budget, in milliseconds, that the resync is to keep to.
+    #[arg(long, value_name = "MS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..60_000))]
+    latency: u64,
     /// The files lie on a disk, in this directory.
     #[arg(long, default_value = "/var/tmp")]
     disk_dir: PathBuf,
@@ -37,7 +40,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let (place, dir) = if cli.tmpfs { (Place::Tmpfs, cli.tmpfs_dir) } else { (Place::Disk, cli.disk_dir) };
     let time = Duration::from_secs(cli.seconds);
-    match resync(&ResyncOptions { place, dir, size: cli.size << 20, rounds: cli.rounds, time }) {
+    let budget = Duration::from_millis(cli.latency);
+    match resync(&ResyncOptions { place, dir, size: cli.size << 20, rounds: cli.rounds, time, budget }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {
             eprintln!("resync: {reason:#}");

@@ -39,6 +39,8 @@ pub struct ResyncOptions {
     pub rounds: u8,
     /// Time of each measurement that is not of a resync.
     pub time: Duration,
+    /// The volume's latency budget of resync.
+    pub budget: Duration,
 }
 
 /// Figures of one round, in megabytes (10^6) per second.
@@ -94,7 +96,7 @@ pub fn resync(options: &ResyncOptions) -> Result<()> {
         }
         rounds.push(Round { floor: written.megabytes_per_second(), idle, loads });
     }
-    print(options.place, &rounds);
+    print(options, &rounds);
     pair.bed.stop()?;
     floor.stop()
 }
@@ -111,6 +113,8 @@ impl Pair {
     fn start(options: &ResyncOptions) -> Result<Self> {
         let bed = Bed::start(&options.dir, 2)?;
         bed.volume(EXPORT, options.size, &[PRIMARY, SECONDARY])?;
+        let budget = options.budget.as_millis().to_string();
+        bed.cluster.cli(PRIMARY, &["volume", "set", EXPORT, "--resync-latency", &budget])?.ok()?;
         let mut pair = Self { bed, size: options.size, seed: 0 };
         pair.write_all()?;
         Ok(pair)
@@ -200,10 +204,11 @@ impl Pair {
     }
 }
 
-fn print(place: Place, rounds: &[Round]) {
+fn print(options: &ResyncOptions, rounds: &[Round]) {
     let of = |value: fn(&Round) -> f64| middle(rounds.iter().map(value));
     let (floor, idle) = (of(|r| r.floor), of(|r| r.idle));
-    println!("\n{}: medians of {} rounds", place.word(), rounds.len());
+    let (place, budget) = (options.place.word(), options.budget);
+    println!("\n{place}: medians of {} rounds, latency budget {budget:?}", rounds.len());
     println!("floor, 1 MiB sequential writes, 4 in flight {floor:9.1} MB/s");
     println!("resync, clients idle                        {idle:9.1} MB/s, {:.2} x floor", idle / floor);
     for (number, depth) in LOADS.into_iter().enumerate() {
