@@ -128,9 +128,10 @@ pub fn volume(v: &VolumeView) -> String {
 /// Settings in one line.
 pub fn settings(s: &SettingsView) -> String {
     format!(
-        "resync-latency {} ms, resync-window {}, peer-timeout {} ms, disk-timeout {} ms",
+        "resync-latency {} ms, resync-window {}, intent-regions {}, peer-timeout {} ms, disk-timeout {} ms",
         s.resync_latency_ms,
         bytes(s.resync_window_bytes.into()),
+        s.intent_regions_max,
         s.peer_timeout_ms,
         s.disk_timeout_ms
     )
@@ -252,7 +253,7 @@ volume vol0  1 GiB  serving  primary n2  epoch 5  reign 4  degraded
   NODE  ROLE       STATE      LACKS  RESYNC
   n1    secondary  resyncing  3 MiB  1 MiB of 4 MiB at 1 MiB/s, 3 s left
   n2    primary    in-sync    0 B    -
-  settings: resync-latency 10 ms, resync-window 4 MiB, peer-timeout 1000 ms, disk-timeout 30000 ms
+  settings: resync-latency 10 ms, resync-window 4 MiB, intent-regions 256, peer-timeout 1000 ms, disk-timeout 30000 ms
 ";
         assert_eq!(volume(&sample()), expected);
     }

@@ -120,6 +120,7 @@ fn volume(cli: &Cli, command: &VolumeCommand) -> anyhow::Result<()> {
             let wanted = SettingsChange {
                 peer_timeout_ms: args.peer_timeout,
                 disk_timeout_ms: args.disk_timeout,
+                intent_regions_max: args.intent_regions,
                 resync_window_bytes: args.resync_window,
                 resync_latency_ms: args.resync_latency,
             };

@@ -15,9 +15,10 @@ impl SettingsChange {
         VolumeSettings {
             peer_timeout: time(self.peer_timeout_ms, now.peer_timeout),
             disk_timeout: time(self.disk_timeout_ms, now.disk_timeout),
+            intent_regions_max: self.intent_regions_max.unwrap_or(now.intent_regions_max),
             resync_window_bytes: self.resync_window_bytes.unwrap_or(now.resync_window_bytes),
             resync_latency_budget: time(self.resync_latency_ms, now.resync_latency_budget),
-            ..now
+            durability: now.durability,
         }
     }
 }

@@ -123,6 +123,9 @@ pub struct SettingsChange {
     /// Milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_timeout_ms: Option<u64>,
+    /// Regions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub intent_regions_max: Option<u32>,
     /// Bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resync_window_bytes: Option<u32>,

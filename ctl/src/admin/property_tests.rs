@@ -41,10 +41,12 @@ fn request() -> impl Strategy<Value = Request> {
 }
 
 fn change() -> impl Strategy<Value = SettingsChange> {
-    any::<(Option<u64>, Option<u64>, Option<u32>, Option<u64>)>().prop_map(|(peer, disk, window, latency)| {
+    let times = any::<(Option<u64>, Option<u64>, Option<u64>)>();
+    (times, any::<(Option<u32>, Option<u32>)>()).prop_map(|((peer, disk, latency), (regions, window))| {
         SettingsChange {
             peer_timeout_ms: peer,
             disk_timeout_ms: disk,
+            intent_regions_max: regions,
             resync_window_bytes: window,
             resync_latency_ms: latency,
         }
