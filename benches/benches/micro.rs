@@ -6,13 +6,13 @@
 use std::hint::black_box;
 
 use blkrepl_engine::meta::{Area, Layout, PagedBitmap};
-use blkrepl_engine::reactor::client::{ClientProtocol, FrontOp};
+use blkrepl_engine::reactor::client::{ClientFrame, ClientProtocol};
 use blkrepl_engine::types::{
     BlockIndex, BlockRange, Geometry, LogIndex, Reign, ReplicaSlot, SlotSet, VolumeId,
 };
 use blkrepl_engine::wire::{self, BufId, FRAME_HEADER_LEN, Payload, PeerMsg, WriteSeq};
 use blkrepl_nbd::proto::{NBD_CMD_WRITE, RequestHeader};
-use blkrepl_nbd::{ExportInfo, Session};
+use blkrepl_nbd::{ExportInfo, Replies, Session};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 /// Bytes of the volume that the bitmaps are of.
@@ -119,13 +119,14 @@ fn nbd(c: &mut Criterion) {
     let mut group = c.benchmark_group("nbd");
     let header = RequestHeader { flags: 0, command: NBD_CMD_WRITE, handle: 7, offset: 8192, len: 4096 };
     let bytes = header.encode();
-    let mut session = Session::new(&ExportInfo::new("vol0", VOLUME_BYTES));
+    let mut session = Session::new(&ExportInfo::new("vol0", VOLUME_BYTES), Replies::Simple);
     group.bench_function("parse_request", |b| b.iter(|| black_box(session.parse(black_box(&bytes)))));
+    let ClientFrame::Request(request) = session.parse(&bytes) else { panic!("a request") };
     let mut out = Vec::with_capacity(64);
     group.bench_function("encode_reply", |b| {
         b.iter(|| {
             out.clear();
-            session.reply(black_box(7), FrontOp::Write, Ok(()), &mut out);
+            session.reply(black_box(&request), Ok(()), &mut out);
             black_box(out.len())
         });
     });

@@ -1,12 +1,13 @@
 //! What an NBD client sends: the negotiation, then request headers.
 
-use blkrepl_engine::reactor::client::{ClientFrame, ClientProtocol, FrontOp};
+use blkrepl_engine::reactor::client::{ClientFrame, ClientProtocol, FrontOp, FrontRequest};
 use blkrepl_nbd::negotiate::{Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, Progress, Want};
 use blkrepl_nbd::proto::{
-    EXPORT_NAME_ZEROES, GREETING_LEN, NBD_REP_MAGIC, NBD_REQUEST_MAGIC, OPTION_REPLY_HEADER_LEN, REQUEST_LEN,
-    RequestHeader, STRING_BYTES_MAX, decode_simple_reply,
+    EXPORT_NAME_ZEROES, GREETING_LEN, NBD_REP_MAGIC, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_ERROR,
+    NBD_REPLY_TYPE_OFFSET_DATA, NBD_REQUEST_MAGIC, NBD_STRUCTURED_REPLY_MAGIC, OPTION_REPLY_HEADER_LEN,
+    REQUEST_LEN, RequestHeader, STRING_BYTES_MAX, STRUCTURED_REPLY_LEN, decode_simple_reply,
 };
-use blkrepl_nbd::{Attached, ExportInfo, ExportRefusal, Exports, Session};
+use blkrepl_nbd::{Attached, ExportInfo, ExportRefusal, Exports, Replies, Session};
 
 use crate::Verdict;
 use crate::input::Input;
@@ -75,7 +76,7 @@ pub fn nbd_negotiation(data: &[u8]) -> Verdict {
         assert!(out.len() <= ANSWER_BYTES_MAX, "an answer of {} bytes", out.len());
         match progress {
             Progress::Continue => check_replies(&out),
-            Progress::Transmission(info) => {
+            Progress::Transmission(info, _) => {
                 assert_eq!(exports.open(&info.name).as_ref(), Ok(&info));
                 // The answer to NBD_OPT_EXPORT_NAME has a form of its own.
                 if ![10, 10 + EXPORT_NAME_ZEROES].contains(&out.len()) {
@@ -102,7 +103,7 @@ fn check_replies(mut out: &[u8]) {
     }
 }
 
-/// Requests. Control byte: bit 0 read-only, bit 1 blocks of 512 bytes, bit 2 small payloads, bit 7 makes
+/// Requests. Control byte: bit 0 read-only, bit 1 blocks of 512 bytes, bit 2 small payloads, bit 3 structured replies, bit 7 makes
 /// the magic of every header good; then headers, each followed by its payload if it is a write. Holds:
 /// what passes lies within the export, and each request has a reply of its own.
 pub fn nbd_requests(data: &[u8]) -> Verdict {
@@ -112,7 +113,8 @@ pub fn nbd_requests(data: &[u8]) -> Verdict {
     export.read_only = control & 1 != 0;
     export.min_block = if control & 2 != 0 { 512 } else { 1 };
     export.max_payload = if control & 4 != 0 { 8192 } else { export.max_payload };
-    let mut session = Session::new(&export);
+    let replies = if control & 8 != 0 { Replies::Structured } else { Replies::Simple };
+    let mut session = Session::new(&export, replies);
     let mut accepted = false;
     while !input.is_empty() {
         assert_eq!(session.header_len(), REQUEST_LEN);
@@ -144,15 +146,35 @@ pub fn nbd_requests(data: &[u8]) -> Verdict {
             accepted = true;
             assert!(request.offset + u64::from(request.len) <= export.size);
             assert!(request.len > 0 || request.op == FrontOp::Flush);
-            assert!(!export.read_only || matches!(request.op, FrontOp::Read | FrontOp::Flush));
+            assert!(
+                !export.read_only || matches!(request.op, FrontOp::Read | FrontOp::Flush | FrontOp::Cache)
+            );
             let payload = matches!(request.op, FrontOp::Read | FrontOp::Write);
             assert!(!payload || request.len <= export.max_payload);
         }
         let mut out = Vec::new();
-        session.reply(request.handle, request.op, request.error.map_or(Ok(()), Err), &mut out);
-        let reply = decode_simple_reply(out.as_slice().try_into().expect("one reply header"));
-        let (error, handle) = reply.expect("a reply begins with its magic");
-        assert_eq!((error.is_some(), handle), (request.error.is_some(), sent.handle));
+        session.reply(&request, request.error.map_or(Ok(()), Err), &mut out);
+        let (failed, handle) = read_reply(&out, &request, replies);
+        assert_eq!((failed, handle), (request.error.is_some(), sent.handle));
     }
     Verdict::of(accepted)
+}
+
+/// Reads one reply header: whether it is an error, and the request's handle.
+fn read_reply(out: &[u8], request: &FrontRequest, replies: Replies) -> (bool, u64) {
+    if let Ok(simple) = out.try_into() {
+        let (error, handle) = decode_simple_reply(simple).expect("a reply begins with its magic");
+        assert!(replies == Replies::Simple || error.is_none() && request.op != FrontOp::Read);
+        return (error.is_some(), handle);
+    }
+    assert_eq!(replies, Replies::Structured);
+    let (head, payload) = out.split_at_checked(STRUCTURED_REPLY_LEN).expect("a whole chunk header");
+    assert_eq!(head[..4], NBD_STRUCTURED_REPLY_MAGIC.to_be_bytes());
+    let number = |at: usize| u16::from_be_bytes([head[at], head[at + 1]]);
+    let len = u32::from_be_bytes([head[16], head[17], head[18], head[19]]);
+    let handle = u64::from_be_bytes(head[8..16].try_into().expect("8 bytes"));
+    assert_eq!(number(4), NBD_REPLY_FLAG_DONE);
+    let data = if number(6) == NBD_REPLY_TYPE_OFFSET_DATA { request.len } else { 0 };
+    assert_eq!(len as usize, payload.len() + data as usize);
+    (number(6) == NBD_REPLY_TYPE_ERROR, handle)
 }

@@ -17,9 +17,9 @@ use blkrepl_engine::wire::{
     Run, RunsKind, WriteSeq, encode,
 };
 use blkrepl_nbd::proto::{
-    IHAVEOPT, NBD_CMD_DISC, NBD_CMD_FLAG_FUA, NBD_CMD_FLUSH, NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_WRITE,
-    NBD_CMD_WRITE_ZEROES, NBD_INFO_BLOCK_SIZE, NBD_OPT_ABORT, NBD_OPT_EXPORT_NAME, NBD_OPT_GO, NBD_OPT_INFO,
-    NBD_OPT_LIST, NBD_OPT_STRUCTURED_REPLY, RequestHeader,
+    IHAVEOPT, NBD_CMD_CACHE, NBD_CMD_DISC, NBD_CMD_FLAG_DF, NBD_CMD_FLAG_FUA, NBD_CMD_FLUSH, NBD_CMD_READ,
+    NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, NBD_INFO_BLOCK_SIZE, NBD_OPT_ABORT,
+    NBD_OPT_EXPORT_NAME, NBD_OPT_GO, NBD_OPT_INFO, NBD_OPT_LIST, NBD_OPT_STRUCTURED_REPLY, RequestHeader,
 };
 
 use crate::meta::{Disk, FIELDS_LEN, VOLUME, record};
@@ -111,10 +111,20 @@ fn requests() -> Vec<Seed> {
             (header(7, 0, 0, 4096), &[]),
         ],
     );
+    let structured = stream(
+        8,
+        &[
+            (header(NBD_CMD_READ, NBD_CMD_FLAG_DF, 4096, 512), &[]),
+            (header(NBD_CMD_READ, 0, end, 512), &[]),
+            (header(NBD_CMD_CACHE, 0, 0, 1 << 20), &[]),
+            (header(NBD_CMD_WRITE, 0, end, 8), &[3; 8]),
+        ],
+    );
     let read_only = stream(1, &[(header(NBD_CMD_WRITE, 0, 0, 4), &[2; 4])]);
     let magic = stream(0, &[(header(NBD_CMD_READ, 0, 0, 4096), &[])])[2..].to_vec();
     vec![
         ("every-command", good),
+        ("structured-replies", structured),
         ("refused-beyond", beyond),
         ("refused-read-only", read_only),
         ("refused-magic", magic),

@@ -66,17 +66,30 @@ impl ExportInfo {
         format!("replicated volume {} of blkrepl", self.name)
     }
 
-    /// Transmission flags of the export.
+    /// Transmission flags of the export, to a client that has agreed to such replies.
     #[must_use]
-    pub fn transmission_flags(&self) -> u16 {
+    pub fn transmission_flags(&self, replies: Replies) -> u16 {
         let base = proto::NBD_FLAG_HAS_FLAGS
             | proto::NBD_FLAG_SEND_FLUSH
             | proto::NBD_FLAG_SEND_FUA
             | proto::NBD_FLAG_SEND_TRIM
             | proto::NBD_FLAG_SEND_WRITE_ZEROES
+            | proto::NBD_FLAG_SEND_CACHE
             | proto::NBD_FLAG_CAN_MULTI_CONN;
-        if self.read_only { base | proto::NBD_FLAG_READ_ONLY } else { base }
+        let read_only = if self.read_only { proto::NBD_FLAG_READ_ONLY } else { 0 };
+        let whole = if replies == Replies::Structured { proto::NBD_FLAG_SEND_DF } else { 0 };
+        base | read_only | whole
     }
+}
+
+/// The form of replies that client and server have agreed to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Replies {
+    /// Simple replies: an error number, and data after a read.
+    #[default]
+    Simple,
+    /// Structured replies: chunks, errors with a text.
+    Structured,
 }
 
 /// Why an export is not served. The texts go to the client as they are.

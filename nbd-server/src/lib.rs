@@ -6,7 +6,7 @@
 //! ```text
 //! server     tokio: listens, runs the negotiation, hands the socket over   -> Exports::attach
 //! negotiate  sans-IO: fixed newstyle negotiation
-//! session    sans-IO: request headers and simple replies (a ClientProtocol) -> runs on the reactor
+//! session    sans-IO: request headers and replies (a ClientProtocol) -> runs on the reactor
 //! client     a blocking and pipelined client for tests, demo and benches
 //! bench      the load generator behind `blkrepl bench`
 //! proto, uri, export   the protocol's constants, addresses, plain data and the Exports trait
@@ -31,7 +31,7 @@ pub use client::{
     ClientOptions, Completion, Handle, NbdClient, NbdError, RefusalKind, Request, RequestOp, connect_raw,
     list_exports,
 };
-pub use export::{Attached, ExportInfo, ExportRefusal, Exports};
+pub use export::{Attached, ExportInfo, ExportRefusal, Exports, Replies};
 pub use listen::{ListenAddr, ListenError};
 pub use proto::NbdErrno;
 pub use server::{Server, ServerOptions};

@@ -11,7 +11,7 @@
 
 use thiserror::Error;
 
-use crate::export::{ExportInfo, ExportRefusal, Exports};
+use crate::export::{ExportInfo, ExportRefusal, Exports, Replies};
 use crate::proto::{self, be16, be32, be64};
 
 /// Longest option data that is looked at, in bytes: a longest name and more information requests than exist.
@@ -35,8 +35,9 @@ pub enum Want {
 pub enum Progress {
     /// Send what was put out, then go on with [`Negotiation::wants`].
     Continue,
-    /// Send what was put out; the next byte from the client is the first request on this export.
-    Transmission(ExportInfo),
+    /// Send what was put out; the next byte from the client is the first request on this export, to be answered
+    /// by such replies.
+    Transmission(ExportInfo, Replies),
     /// Send what was put out, then close.
     Close(CloseReason),
 }
@@ -96,6 +97,7 @@ pub struct Negotiation {
     state: State,
     fixed_newstyle: bool,
     no_zeroes: bool,
+    replies: Replies,
     options: u32,
 }
 
@@ -107,7 +109,13 @@ impl Negotiation {
         out.extend_from_slice(&proto::IHAVEOPT.to_be_bytes());
         let flags = proto::NBD_FLAG_FIXED_NEWSTYLE | proto::NBD_FLAG_NO_ZEROES;
         out.extend_from_slice(&flags.to_be_bytes());
-        Self { state: State::ClientFlags, fixed_newstyle: false, no_zeroes: false, options: 0 }
+        Self {
+            state: State::ClientFlags,
+            fixed_newstyle: false,
+            no_zeroes: false,
+            replies: Replies::default(),
+            options: 0,
+        }
     }
 
     /// What is to be read next. Meaningless (0 bytes) once the negotiation has ended.
@@ -182,6 +190,7 @@ impl Negotiation {
                 | proto::NBD_OPT_LIST
                 | proto::NBD_OPT_INFO
                 | proto::NBD_OPT_GO
+                | proto::NBD_OPT_STRUCTURED_REPLY
         );
         if len == 0 {
             return if known {
@@ -216,7 +225,21 @@ impl Negotiation {
                 on_list(data, exports, out);
                 Progress::Continue
             }
-            _ => on_info(option, data, exports, out),
+            proto::NBD_OPT_STRUCTURED_REPLY => {
+                self.on_structured_reply(data, out);
+                Progress::Continue
+            }
+            _ => self.on_info(option, data, exports, out),
+        }
+    }
+
+    fn on_structured_reply(&mut self, data: &[u8], out: &mut Vec<u8>) {
+        let option = proto::NBD_OPT_STRUCTURED_REPLY;
+        if data.is_empty() {
+            self.replies = Replies::Structured;
+            put_reply(out, option, proto::NBD_REP_ACK, &[]);
+        } else {
+            put_error(out, option, proto::NBD_REP_ERR_INVALID, "NBD_OPT_STRUCTURED_REPLY carries no data");
         }
     }
 
@@ -232,11 +255,38 @@ impl Negotiation {
             }
         };
         out.extend_from_slice(&info.size.to_be_bytes());
-        out.extend_from_slice(&info.transmission_flags().to_be_bytes());
+        out.extend_from_slice(&info.transmission_flags(self.replies).to_be_bytes());
         if !self.no_zeroes {
             out.extend_from_slice(&[0; proto::EXPORT_NAME_ZEROES]);
         }
-        Progress::Transmission(info)
+        Progress::Transmission(info, self.replies)
+    }
+
+    fn on_info(&self, option: u32, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
+        let Some(request) = InfoRequest::parse(data) else {
+            let text = "the lengths in the option's data contradict each other, or the name is not a string";
+            put_error(out, option, proto::NBD_REP_ERR_INVALID, text);
+            return Progress::Continue;
+        };
+        let info = match open(exports, request.name) {
+            Ok(info) => info,
+            Err(refusal) => {
+                let reply = match refusal {
+                    ExportRefusal::Unknown(_) => proto::NBD_REP_ERR_UNKNOWN,
+                    ExportRefusal::Policy(_) => proto::NBD_REP_ERR_POLICY,
+                    ExportRefusal::Shutdown => proto::NBD_REP_ERR_SHUTDOWN,
+                };
+                put_error(out, option, reply, &refusal.to_string());
+                return Progress::Continue;
+            }
+        };
+        put_infos(out, option, &info, self.replies, &request);
+        put_reply(out, option, proto::NBD_REP_ACK, &[]);
+        if option == proto::NBD_OPT_GO {
+            Progress::Transmission(info, self.replies)
+        } else {
+            Progress::Continue
+        }
     }
 }
 
@@ -259,33 +309,10 @@ fn on_list(data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) {
     put_reply(out, proto::NBD_OPT_LIST, proto::NBD_REP_ACK, &[]);
 }
 
-fn on_info(option: u32, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
-    let Some(request) = InfoRequest::parse(data) else {
-        let text = "the lengths in the option's data contradict each other, or the name is not a string";
-        put_error(out, option, proto::NBD_REP_ERR_INVALID, text);
-        return Progress::Continue;
-    };
-    let info = match open(exports, request.name) {
-        Ok(info) => info,
-        Err(refusal) => {
-            let reply = match refusal {
-                ExportRefusal::Unknown(_) => proto::NBD_REP_ERR_UNKNOWN,
-                ExportRefusal::Policy(_) => proto::NBD_REP_ERR_POLICY,
-                ExportRefusal::Shutdown => proto::NBD_REP_ERR_SHUTDOWN,
-            };
-            put_error(out, option, reply, &refusal.to_string());
-            return Progress::Continue;
-        }
-    };
-    put_infos(out, option, &info, &request);
-    put_reply(out, option, proto::NBD_REP_ACK, &[]);
-    if option == proto::NBD_OPT_GO { Progress::Transmission(info) } else { Progress::Continue }
-}
-
-fn put_infos(out: &mut Vec<u8>, option: u32, info: &ExportInfo, request: &InfoRequest<'_>) {
+fn put_infos(out: &mut Vec<u8>, option: u32, info: &ExportInfo, replies: Replies, request: &InfoRequest<'_>) {
     let mut export = proto::NBD_INFO_EXPORT.to_be_bytes().to_vec();
     export.extend_from_slice(&info.size.to_be_bytes());
-    export.extend_from_slice(&info.transmission_flags().to_be_bytes());
+    export.extend_from_slice(&info.transmission_flags(replies).to_be_bytes());
     put_reply(out, option, proto::NBD_REP_INFO, &export);
     if request.wants(proto::NBD_INFO_NAME) {
         let body = [&proto::NBD_INFO_NAME.to_be_bytes(), info.name.as_bytes()].concat();

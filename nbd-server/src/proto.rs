@@ -17,6 +17,8 @@ pub const NBD_REP_MAGIC: u64 = 0x0003_e889_0455_65a9;
 pub const NBD_REQUEST_MAGIC: u32 = 0x2560_9513;
 /// First 4 bytes of every simple reply.
 pub const NBD_SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+/// First 4 bytes of every chunk of a structured reply.
+pub const NBD_STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
 
 /// Handshake flag: fixed newstyle.
 pub const NBD_FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
@@ -39,8 +41,12 @@ pub const NBD_FLAG_SEND_FUA: u16 = 1 << 3;
 pub const NBD_FLAG_SEND_TRIM: u16 = 1 << 5;
 /// Transmission flag: `NBD_CMD_WRITE_ZEROES` works.
 pub const NBD_FLAG_SEND_WRITE_ZEROES: u16 = 1 << 6;
+/// Transmission flag: `NBD_CMD_FLAG_DF` works. Only where structured replies were agreed.
+pub const NBD_FLAG_SEND_DF: u16 = 1 << 7;
 /// Transmission flag: flush and FUA hold across connections.
 pub const NBD_FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
+/// Transmission flag: `NBD_CMD_CACHE` works.
+pub const NBD_FLAG_SEND_CACHE: u16 = 1 << 10;
 
 /// Option: choose an export, no error possible.
 pub const NBD_OPT_EXPORT_NAME: u32 = 1;
@@ -103,6 +109,8 @@ pub const NBD_CMD_DISC: u16 = 2;
 pub const NBD_CMD_FLUSH: u16 = 3;
 /// Request: trim.
 pub const NBD_CMD_TRIM: u16 = 4;
+/// Request: the range will be read soon.
+pub const NBD_CMD_CACHE: u16 = 5;
 /// Request: write zeroes.
 pub const NBD_CMD_WRITE_ZEROES: u16 = 6;
 
@@ -110,6 +118,15 @@ pub const NBD_CMD_WRITE_ZEROES: u16 = 6;
 pub const NBD_CMD_FLAG_FUA: u16 = 1 << 0;
 /// Command flag of `NBD_CMD_WRITE_ZEROES`: keep the space allocated.
 pub const NBD_CMD_FLAG_NO_HOLE: u16 = 1 << 1;
+/// Command flag of `NBD_CMD_READ`: the data in one chunk.
+pub const NBD_CMD_FLAG_DF: u16 = 1 << 2;
+
+/// Flag of a chunk: the last one of its reply.
+pub const NBD_REPLY_FLAG_DONE: u16 = 1 << 0;
+/// Chunk: data of a read, with its offset.
+pub const NBD_REPLY_TYPE_OFFSET_DATA: u16 = 1;
+/// Chunk: an error, with a text for people.
+pub const NBD_REPLY_TYPE_ERROR: u16 = (1 << 15) + 1;
 
 /// Length of the greeting in bytes.
 pub const GREETING_LEN: usize = 18;
@@ -121,6 +138,8 @@ pub const OPTION_REPLY_HEADER_LEN: usize = 20;
 pub const REQUEST_LEN: usize = 28;
 /// Length of a simple reply's header in bytes.
 pub const SIMPLE_REPLY_LEN: usize = 16;
+/// Length of a structured reply chunk's header in bytes.
+pub const STRUCTURED_REPLY_LEN: usize = 20;
 /// Zeroes that follow the answer to `NBD_OPT_EXPORT_NAME` unless both sides agreed to leave them out.
 pub const EXPORT_NAME_ZEROES: usize = 124;
 /// Longest string that the protocol allows, in bytes.
@@ -283,6 +302,18 @@ pub fn decode_simple_reply(bytes: &[u8; SIMPLE_REPLY_LEN]) -> Result<(Option<Nbd
         return Err(magic);
     }
     Ok((NbdErrno::from_code(be32(bytes, 4)), be64(bytes, 8)))
+}
+
+/// A chunk header of a structured reply as it goes over the wire. `len`: bytes of payload behind it.
+#[must_use]
+pub fn encode_chunk(flags: u16, kind: u16, handle: u64, len: u32) -> [u8; STRUCTURED_REPLY_LEN] {
+    let mut out = [0; STRUCTURED_REPLY_LEN];
+    out[0..4].copy_from_slice(&NBD_STRUCTURED_REPLY_MAGIC.to_be_bytes());
+    out[4..6].copy_from_slice(&flags.to_be_bytes());
+    out[6..8].copy_from_slice(&kind.to_be_bytes());
+    out[8..16].copy_from_slice(&handle.to_be_bytes());
+    out[16..20].copy_from_slice(&len.to_be_bytes());
+    out
 }
 
 /// The 16 bits at `at`. The caller has checked the length.

@@ -1,4 +1,4 @@
-//! The transmission phase of one connection: request headers in, simple reply headers out.
+//! The transmission phase of one connection: request headers in, reply headers out.
 //!
 //! Pure: no I/O, no payload bytes, no memory of requests. It checks everything about a request that can be
 //! known from its header and the export, so that what it hands on without an error lies within the export.
@@ -8,27 +8,31 @@
 use blkrepl_engine::reactor::client::{ClientFrame, ClientProtocol, FrontOp, FrontRequest};
 use blkrepl_engine::replica::ClientError;
 
-use crate::export::ExportInfo;
+use crate::export::{ExportInfo, Replies};
 use crate::proto::{self, NbdErrno, REQUEST_LEN, RequestHeader};
 
-/// Codec of a connection with simple replies.
+/// Codec of a connection. With structured replies a read is answered by one chunk that has all of its data, every
+/// error by a chunk with a text; what is done without data is answered by a simple reply, as the specification
+/// allows.
 #[derive(Clone, Debug)]
 pub struct Session {
     size: u64,
     min_block: u32,
     max_payload: u32,
     read_only: bool,
+    replies: Replies,
 }
 
 impl Session {
-    /// A session on `export`, as it was announced to the client.
+    /// A session on `export`, as it was announced to the client, with the replies that were agreed to.
     #[must_use]
-    pub fn new(export: &ExportInfo) -> Self {
+    pub fn new(export: &ExportInfo, replies: Replies) -> Self {
         Self {
             size: export.size,
             min_block: export.min_block.max(1),
             max_payload: export.max_payload,
             read_only: export.read_only,
+            replies,
         }
     }
 
@@ -39,6 +43,7 @@ impl Session {
             proto::NBD_CMD_FLUSH => FrontOp::Flush,
             proto::NBD_CMD_TRIM => FrontOp::Trim,
             proto::NBD_CMD_WRITE_ZEROES => FrontOp::WriteZeroes,
+            proto::NBD_CMD_CACHE => FrontOp::Cache,
             _ => return refused(header.handle),
         };
         FrontRequest {
@@ -54,6 +59,9 @@ impl Session {
     fn check(&self, op: FrontOp, header: &RequestHeader) -> Result<(), ClientError> {
         let known = match op {
             FrontOp::WriteZeroes => proto::NBD_CMD_FLAG_FUA | proto::NBD_CMD_FLAG_NO_HOLE,
+            FrontOp::Read if self.replies == Replies::Structured => {
+                proto::NBD_CMD_FLAG_FUA | proto::NBD_CMD_FLAG_DF
+            }
             _ => proto::NBD_CMD_FLAG_FUA,
         };
         if header.flags & !known != 0 {
@@ -63,7 +71,7 @@ impl Session {
             // Offset and length of a flush are reserved.
             return if header.offset == 0 && header.len == 0 { Ok(()) } else { Err(ClientError::Invalid) };
         }
-        if self.read_only && op != FrontOp::Read {
+        if self.read_only && !matches!(op, FrontOp::Read | FrontOp::Cache) {
             return Err(ClientError::Invalid);
         }
         // The specification leaves a length of 0 open (but for not disconnecting). It is refused, so that
@@ -93,6 +101,17 @@ fn refused(handle: u64) -> FrontRequest {
     FrontRequest { handle, op: FrontOp::Flush, offset: 0, len: 0, fua: false, error }
 }
 
+impl Session {
+    fn errno(&self, error: ClientError, op: FrontOp) -> NbdErrno {
+        let writes = matches!(op, FrontOp::Write | FrontOp::Trim | FrontOp::WriteZeroes);
+        match error {
+            // On a read-only export every write is refused for this one reason.
+            ClientError::Invalid if writes && self.read_only => NbdErrno::Perm,
+            error => NbdErrno::of(error),
+        }
+    }
+}
+
 impl ClientProtocol for Session {
     fn header_len(&self) -> usize {
         REQUEST_LEN
@@ -115,18 +134,39 @@ impl ClientProtocol for Session {
         }
     }
 
-    fn reply(&mut self, handle: u64, op: FrontOp, result: Result<(), ClientError>, out: &mut Vec<u8>) {
-        let error = result.err().map(|error| match (error, op) {
-            // On a read-only export every write is refused for this one reason.
-            (ClientError::Invalid, FrontOp::Write | FrontOp::Trim | FrontOp::WriteZeroes)
-                if self.read_only =>
-            {
-                NbdErrno::Perm
+    fn reply(&mut self, request: &FrontRequest, result: Result<(), ClientError>, out: &mut Vec<u8>) {
+        let structured = self.replies == Replies::Structured;
+        match result {
+            Ok(()) if structured && request.op == FrontOp::Read => put_data_header(request, out),
+            Ok(()) => out.extend_from_slice(&proto::encode_simple_reply(None, request.handle)),
+            Err(error) => {
+                let error = self.errno(error, request.op);
+                if structured {
+                    put_error_chunk(request.handle, error, out);
+                } else {
+                    out.extend_from_slice(&proto::encode_simple_reply(Some(error), request.handle));
+                }
             }
-            (error, _) => NbdErrno::of(error),
-        });
-        out.extend_from_slice(&proto::encode_simple_reply(error, handle));
+        }
     }
+}
+
+/// What goes before the data of a read, all of it in one chunk.
+fn put_data_header(request: &FrontRequest, out: &mut Vec<u8>) {
+    let len = 8 + request.len; // the offset, and the data
+    let (done, kind) = (proto::NBD_REPLY_FLAG_DONE, proto::NBD_REPLY_TYPE_OFFSET_DATA);
+    out.extend_from_slice(&proto::encode_chunk(done, kind, request.handle, len));
+    out.extend_from_slice(&request.offset.to_be_bytes());
+}
+
+fn put_error_chunk(handle: u64, error: NbdErrno, out: &mut Vec<u8>) {
+    let text = error.to_string();
+    let len = u16::try_from(text.len()).expect("a text of ours has some tens of bytes");
+    let (done, kind) = (proto::NBD_REPLY_FLAG_DONE, proto::NBD_REPLY_TYPE_ERROR);
+    out.extend_from_slice(&proto::encode_chunk(done, kind, handle, 4 + 2 + u32::from(len)));
+    out.extend_from_slice(&error.code().to_be_bytes());
+    out.extend_from_slice(&len.to_be_bytes());
+    out.extend_from_slice(text.as_bytes());
 }
 
 #[cfg(test)]
@@ -139,7 +179,7 @@ mod tests {
     const SIZE: u64 = 1 << 30;
 
     fn session() -> Session {
-        Session::new(&ExportInfo::new("vol0", SIZE))
+        Session::new(&ExportInfo::new("vol0", SIZE), Replies::Simple)
     }
 
     fn parse(session: &mut Session, command: u16, flags: u16, offset: u64, len: u32) -> FrontRequest {
@@ -189,7 +229,7 @@ mod tests {
 
     #[test]
     fn unknown_commands_and_flags_are_refused_and_the_session_goes_on() {
-        for command in [5, 7, 8, 9, 255, u16::MAX] {
+        for command in [7, 8, 9, 255, u16::MAX] {
             let request = parse(&mut session(), command, 0, 0, 4096);
             assert_eq!(request.error, Some(ClientError::Invalid));
             assert_eq!((request.op, request.len), (FrontOp::Flush, 0), "nothing may be drained");
@@ -224,11 +264,12 @@ mod tests {
 
     #[test]
     fn a_read_only_export_answers_writes_with_eperm() {
-        let mut session = Session::new(&ExportInfo { read_only: true, ..ExportInfo::new("vol0", SIZE) });
+        let mut session =
+            Session::new(&ExportInfo { read_only: true, ..ExportInfo::new("vol0", SIZE) }, Replies::Simple);
         for command in [NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES] {
             let request = parse(&mut session, command, 0, 0, 4096);
             let mut out = Vec::new();
-            session.reply(request.handle, request.op, Err(request.error.unwrap()), &mut out);
+            session.reply(&request, Err(request.error.unwrap()), &mut out);
             let reply = decode_simple_reply(out.as_slice().try_into().unwrap());
             assert_eq!(reply, Ok((Some(NbdErrno::Perm), 42)));
         }
@@ -237,10 +278,70 @@ mod tests {
 
     #[test]
     fn a_smallest_block_that_was_announced_is_enforced() {
-        let mut session = Session::new(&ExportInfo { min_block: 512, ..ExportInfo::new("vol0", SIZE) });
+        let mut session =
+            Session::new(&ExportInfo { min_block: 512, ..ExportInfo::new("vol0", SIZE) }, Replies::Simple);
         assert_eq!(parse(&mut session, NBD_CMD_READ, 0, 512, 1024).error, None);
         assert_eq!(parse(&mut session, NBD_CMD_READ, 0, 1, 512).error, Some(ClientError::Invalid));
         assert_eq!(parse(&mut session, NBD_CMD_WRITE, 0, 0, 513).error, Some(ClientError::Invalid));
+    }
+
+    /// Splits a structured reply of one chunk into its type, its handle and its payload.
+    fn only_chunk(bytes: &[u8]) -> (u16, u64, &[u8]) {
+        assert_eq!(be32(bytes, 0), NBD_STRUCTURED_REPLY_MAGIC);
+        assert_eq!(be16(bytes, 4), NBD_REPLY_FLAG_DONE);
+        (be16(bytes, 6), be64(bytes, 8), &bytes[STRUCTURED_REPLY_LEN..])
+    }
+
+    #[test]
+    fn a_structured_read_is_one_chunk_with_its_offset_and_df_asks_for_no_more() {
+        let mut session = Session::new(&ExportInfo::new("vol0", SIZE), Replies::Structured);
+        let request = parse(&mut session, NBD_CMD_READ, NBD_CMD_FLAG_DF, 8192, 4096);
+        assert_eq!(request.error, None);
+        let mut out = Vec::new();
+        session.reply(&request, Ok(()), &mut out);
+        assert_eq!(only_chunk(&out), (NBD_REPLY_TYPE_OFFSET_DATA, 42, &8192u64.to_be_bytes()[..]));
+        assert_eq!(be32(&out, 16), 8 + 4096, "the data that the reactor sends belongs to the chunk");
+        // Without structured replies the flag does not exist.
+        assert_eq!(error(NBD_CMD_READ, NBD_CMD_FLAG_DF, 0, 4096), Some(ClientError::Invalid));
+    }
+
+    #[test]
+    fn a_structured_error_has_its_number_and_a_text() {
+        let mut session = Session::new(&ExportInfo::new("vol0", SIZE), Replies::Structured);
+        for command in [NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_TRIM, 9] {
+            let request = parse(&mut session, command, 0, SIZE, 4096);
+            let mut out = Vec::new();
+            session.reply(&request, Err(request.error.unwrap()), &mut out);
+            let (kind, handle, payload) = only_chunk(&out);
+            assert_eq!((kind, handle), (NBD_REPLY_TYPE_ERROR, 42));
+            assert_eq!(be32(&out, 16) as usize, payload.len());
+            let error = if command == NBD_CMD_WRITE { NbdErrno::NoSpc } else { NbdErrno::Inval };
+            assert_eq!(NbdErrno::from_code(be32(payload, 0)), Some(error));
+            assert_eq!(usize::from(be16(payload, 4)), payload.len() - 6);
+            assert_eq!(std::str::from_utf8(&payload[6..]).unwrap(), error.to_string());
+        }
+    }
+
+    #[test]
+    fn what_has_no_data_is_answered_simply_also_among_structured_replies() {
+        let mut session = Session::new(&ExportInfo::new("vol0", SIZE), Replies::Structured);
+        for command in [NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_CACHE] {
+            let request = parse(&mut session, command, 0, 0, 4096);
+            let mut out = Vec::new();
+            session.reply(&request, Ok(()), &mut out);
+            assert_eq!(decode_simple_reply(out.as_slice().try_into().unwrap()), Ok((None, 42)));
+        }
+    }
+
+    #[test]
+    fn a_cache_request_is_judged_like_a_read_of_any_length() {
+        assert_eq!(error(NBD_CMD_CACHE, 0, 0, u32::MAX), Some(ClientError::Invalid), "past the end");
+        assert_eq!(error(NBD_CMD_CACHE, 0, 0, 1 << 30), None);
+        assert_eq!(error(NBD_CMD_CACHE, 0, 0, 0), Some(ClientError::Invalid));
+        assert_eq!(error(NBD_CMD_CACHE, NBD_CMD_FLAG_DF, 0, 4096), Some(ClientError::Invalid));
+        let export = ExportInfo { read_only: true, ..ExportInfo::new("vol0", SIZE) };
+        let mut session = Session::new(&export, Replies::Simple);
+        assert_eq!(parse(&mut session, NBD_CMD_CACHE, 0, 0, 4096).error, None);
     }
 
     #[test]
@@ -290,12 +391,12 @@ mod tests {
             };
             let export = ExportInfo { min_block: align, read_only, ..ExportInfo::new("vol0", SIZE) };
             let header = RequestHeader { flags, command, handle: 3, offset, len };
-            let ClientFrame::Request(request) = Session::new(&export).parse(&header.encode()) else {
+            let ClientFrame::Request(request) = Session::new(&export, Replies::Simple).parse(&header.encode()) else {
                 prop_assert_eq!(command, NBD_CMD_DISC);
                 return Ok(());
             };
             let writes = [NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES].contains(&command);
-            let known = writes || [NBD_CMD_READ, NBD_CMD_FLUSH].contains(&command);
+            let known = writes || [NBD_CMD_READ, NBD_CMD_FLUSH, NBD_CMD_CACHE].contains(&command);
             let allowed = if command == NBD_CMD_WRITE_ZEROES { 0b11 } else { 0b01 };
             let malformed = !known || flags & !allowed != 0;
             let aligned = offset % u64::from(align) == 0 && len % align == 0;

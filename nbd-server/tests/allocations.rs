@@ -21,7 +21,7 @@ use blkrepl_engine::replica::{Boot, Event, Lease, Replica};
 use blkrepl_engine::types::*;
 use blkrepl_engine::wire::BaseContent;
 use blkrepl_nbd::proto::{NBD_CMD_FLUSH, NBD_CMD_READ, NBD_CMD_WRITE, RequestHeader, SIMPLE_REPLY_LEN};
-use blkrepl_nbd::{ExportInfo, Session};
+use blkrepl_nbd::{ExportInfo, Replies, Session};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 #[global_allocator]
@@ -181,7 +181,7 @@ fn a_request_allocates_nothing_in_steady_state() {
 
     let (socket, there) = UnixStream::pair().unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    let session = Box::new(Session::new(&ExportInfo::new("vol0", SIZE)));
+    let session = Box::new(Session::new(&ExportInfo::new("vol0", SIZE), Replies::Simple));
     primary.client_connected(OwnedFd::from(there), session, "test".into());
     let (out, content) = (Vec::with_capacity(1 << 20), vec![7; BLOCK]);
     let mut client = Client { socket, out, content, at: 0 };

@@ -107,7 +107,7 @@ fn refused_requests_get_their_error_and_the_connection_goes_on() {
         (Request::Trim { offset: end, len: 4096, fua: false }, NbdErrno::Inval),
         (Request::WriteZeroes { offset: end, len: 1, fua: false, no_hole: false }, NbdErrno::NoSpc),
         (raw(NBD_CMD_WRITE, 1 << 3, 0, 4096, &block), NbdErrno::Inval),
-        (raw(5, 0, 0, 4096, &[]), NbdErrno::Inval),
+        (raw(8, 0, 0, 4096, &[]), NbdErrno::Inval),
         (raw(7, 0, 0, 4096, &[]), NbdErrno::Inval),
         (raw(999, 0xffff, 1, 1, &[]), NbdErrno::Inval),
         (raw(NBD_CMD_FLUSH, 0, 1, 0, &[]), NbdErrno::Inval),

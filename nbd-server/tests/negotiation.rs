@@ -6,7 +6,7 @@ use blkrepl_nbd::negotiate::{
     CloseReason, Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, OPTIONS_MAX, Progress, Want,
 };
 use blkrepl_nbd::proto::*;
-use blkrepl_nbd::{Attached, ExportInfo, ExportRefusal, Exports};
+use blkrepl_nbd::{Attached, ExportInfo, ExportRefusal, Exports, Replies};
 use proptest::prelude::*;
 
 const SIZE: u64 = 1 << 30;
@@ -113,7 +113,7 @@ fn replies_to(bytes: &[u8], exports: &dyn Exports) -> Vec<(u32, u32, Vec<u8>)> {
     let outcome = feed(&[&fixed(), bytes].concat(), exports);
     assert_eq!(outcome.progress, Progress::Continue);
     let again = feed(&[&fixed(), bytes, &info(NBD_OPT_GO, "vol0", &[])].concat(), exports);
-    assert!(matches!(again.progress, Progress::Transmission(_)), "the session goes on");
+    assert!(matches!(again.progress, Progress::Transmission(..)), "the session goes on");
     assert_eq!(again.left, 0);
     replies(&outcome.sent)
 }
@@ -127,7 +127,7 @@ fn assert_refused(bytes: &[u8], option: u32, reply: u32, text: &str) {
 }
 
 fn export_reply() -> Vec<u8> {
-    let flags = ExportInfo::new("vol0", SIZE).transmission_flags();
+    let flags = ExportInfo::new("vol0", SIZE).transmission_flags(Replies::Simple);
     [&NBD_INFO_EXPORT.to_be_bytes()[..], &SIZE.to_be_bytes(), &flags.to_be_bytes()].concat()
 }
 
@@ -141,8 +141,32 @@ fn the_greeting_is_fixed_newstyle_without_zeroes() {
 
 #[test]
 fn the_transmission_flags_are_those_that_are_kept() {
-    let flags = ExportInfo::new("vol0", SIZE).transmission_flags();
-    assert_eq!(flags, 0b1_0110_1101, "HAS_FLAGS FLUSH FUA TRIM WRITE_ZEROES CAN_MULTI_CONN");
+    let flags = ExportInfo::new("vol0", SIZE).transmission_flags(Replies::Simple);
+    assert_eq!(flags, 0b101_0110_1101, "HAS_FLAGS FLUSH FUA TRIM WRITE_ZEROES CAN_MULTI_CONN CACHE");
+    let flags = ExportInfo::new("vol0", SIZE).transmission_flags(Replies::Structured);
+    assert_eq!(flags, 0b101_1110_1101, "and DF");
+}
+
+#[test]
+fn structured_replies_are_agreed_to_and_df_is_announced_only_then() {
+    let structured = option(NBD_OPT_STRUCTURED_REPLY, b"");
+    assert_eq!(replies_to(&structured, &ALL), [(NBD_OPT_STRUCTURED_REPLY, NBD_REP_ACK, Vec::new())]);
+    for last in [option(NBD_OPT_EXPORT_NAME, b"vol0"), info(NBD_OPT_GO, "vol0", &[])] {
+        let outcome = feed(&[fixed(), structured.clone(), last].concat(), &ALL);
+        let export = ExportInfo::new("vol0", SIZE);
+        let flags = export.transmission_flags(Replies::Structured).to_be_bytes();
+        let announced = [&SIZE.to_be_bytes()[..], &flags].concat();
+        assert!(outcome.sent.windows(10).any(|bytes| bytes == announced), "{:x?}", outcome.sent);
+        assert_eq!(outcome.progress, Progress::Transmission(export, Replies::Structured));
+    }
+}
+
+#[test]
+fn structured_replies_are_not_agreed_to_with_data() {
+    let bad = option(NBD_OPT_STRUCTURED_REPLY, b"1");
+    assert_refused(&bad, NBD_OPT_STRUCTURED_REPLY, NBD_REP_ERR_INVALID, "no data");
+    let outcome = feed(&[fixed(), bad, info(NBD_OPT_GO, "vol0", &[])].concat(), &ALL);
+    assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE), Replies::Simple));
 }
 
 #[test]
@@ -158,7 +182,7 @@ fn client_flags_that_were_not_offered_close() {
 fn export_name_answers_with_and_without_zeroes() {
     for (flags, zeroes) in [(0, 124), (NBD_FLAG_C_FIXED_NEWSTYLE, 124), (NBD_FLAG_C_NO_ZEROES, 0), (3, 0)] {
         let outcome = feed(&[client_flags(flags), option(NBD_OPT_EXPORT_NAME, b"vol0")].concat(), &ALL);
-        assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE)));
+        assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE), Replies::Simple));
         let mut expected = export_reply()[2..].to_vec();
         expected.resize(expected.len() + zeroes, 0);
         assert_eq!(outcome.sent, expected);
@@ -181,7 +205,7 @@ fn go_enters_transmission_and_reads_nothing_behind_it() {
     let request = RequestHeader { flags: 0, command: NBD_CMD_FLUSH, handle: 1, offset: 0, len: 0 }.encode();
     let input = [&fixed()[..], &info(NBD_OPT_GO, "vol0", &[]), &request].concat();
     let outcome = feed(&input, &ALL);
-    assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE)));
+    assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE), Replies::Simple));
     assert_eq!(outcome.left, REQUEST_LEN);
     let expected = [(NBD_OPT_GO, NBD_REP_INFO, export_reply()), (NBD_OPT_GO, NBD_REP_ACK, Vec::new())];
     assert_eq!(replies(&outcome.sent), expected);
@@ -228,7 +252,7 @@ fn the_empty_name_means_the_only_volume() {
         assert_eq!(none.progress, Progress::Continue);
     }
     let outcome = feed(&[fixed(), option(NBD_OPT_EXPORT_NAME, b"")].concat(), &Fixed(&["vol0"]));
-    assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE)));
+    assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE), Replies::Simple));
     let outcome = feed(&[fixed(), option(NBD_OPT_EXPORT_NAME, b"")].concat(), &ALL);
     assert!(matches!(outcome.progress, Progress::Close(CloseReason::ExportNameRefused { .. })));
 }
@@ -285,7 +309,6 @@ fn other_options_are_unsupported_and_the_session_goes_on() {
         0,
         4,
         NBD_OPT_STARTTLS,
-        NBD_OPT_STRUCTURED_REPLY,
         NBD_OPT_LIST_META_CONTEXT,
         NBD_OPT_SET_META_CONTEXT,
         NBD_OPT_EXTENDED_HEADERS,
@@ -400,14 +423,14 @@ proptest! {
             if !goes_on {
                 continue;
             }
-            let known = [NBD_OPT_ABORT, NBD_OPT_LIST, NBD_OPT_INFO, NBD_OPT_GO].contains(&kind);
+            let known = [NBD_OPT_ABORT, NBD_OPT_LIST, NBD_OPT_INFO, NBD_OPT_GO, NBD_OPT_STRUCTURED_REPLY];
             let reply = match kind {
                 // Its data is no name: it holds zeroes, is empty (there are three volumes), or too long.
                 NBD_OPT_EXPORT_NAME => None,
-                _ if !known => Some(NBD_REP_ERR_UNSUP),
+                _ if !known.contains(&kind) => Some(NBD_REP_ERR_UNSUP),
                 _ if shape == 2 => Some(NBD_REP_ERR_TOO_BIG),
                 NBD_OPT_ABORT => Some(NBD_REP_ACK),
-                NBD_OPT_LIST => Some(if data.is_empty() { NBD_REP_ACK } else { NBD_REP_ERR_INVALID }),
+                NBD_OPT_LIST | NBD_OPT_STRUCTURED_REPLY => Some(if data.is_empty() { NBD_REP_ACK } else { NBD_REP_ERR_INVALID }),
                 _ if shape < 2 => Some(NBD_REP_ERR_INVALID),
                 _ => Some(match name.as_str() {
                     "vol0" => NBD_REP_ACK,

@@ -46,7 +46,7 @@ fn nbdinfo_sees_the_export_and_the_refusal() {
         TestServer::start(Arc::new(Memory { volumes: [("vol0".to_owned(), volume)].into(), refusals }));
     let Some(info) = run_ok("nbdinfo", &[&server.unix("vol0").to_string()]) else { return };
     for expected in [
-        "protocol: newstyle-fixed without TLS, using simple packets",
+        "protocol: newstyle-fixed without TLS, using structured packets",
         "export-size: 33554432",
         "is_read_only: false",
         "can_flush: true",

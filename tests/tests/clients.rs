@@ -36,9 +36,12 @@ fn nbdinfo_sees_the_volume_and_the_secondary_names_the_primary() {
         for address in addresses {
             let info = run_ok("nbdinfo", &["--json", address.as_str()], LIMIT)?.stdout;
             let info: serde_json::Value = serde_json::from_str(&info).context("parse nbdinfo's JSON")?;
+            ensure!(info["structured"].as_bool() == Some(true), "structured replies in {info}");
             let export = &info["exports"][0];
             ensure!(export["export-size"].as_u64() == Some(SIZE), "size in {export}");
-            for flag in ["can_flush", "can_fua", "can_trim", "can_zero", "can_multi_conn"] {
+            for flag in
+                ["can_flush", "can_fua", "can_trim", "can_zero", "can_multi_conn", "can_cache", "can_df"]
+            {
                 ensure!(export[flag].as_bool() == Some(true), "{flag} in {export}");
             }
             ensure!(export["is_read_only"].as_bool() == Some(false), "read-only in {export}");

@@ -22,10 +22,9 @@ pub trait ClientProtocol: Send {
     /// the bytes are, this answers with a frame and never panics.
     fn parse(&mut self, header: &[u8]) -> ClientFrame;
 
-    /// Appends the reply header for one request to `out`. `handle` and `op` are those of the
-    /// [`FrontRequest`]. After a successful read the caller sends the data, exactly as many bytes as were
-    /// asked for, right behind this header; after any other reply nothing follows.
-    fn reply(&mut self, handle: u64, op: FrontOp, result: Result<(), ClientError>, out: &mut Vec<u8>);
+    /// Appends the reply header for one request to `out`. After a successful read the caller sends the data,
+    /// exactly as many bytes as were asked for, right behind this header; after any other reply nothing follows.
+    fn reply(&mut self, request: &FrontRequest, result: Result<(), ClientError>, out: &mut Vec<u8>);
 }
 
 /// What a request header says.
@@ -72,4 +71,6 @@ pub enum FrontOp {
     Trim,
     /// Write zeroes.
     WriteZeroes,
+    /// Will be read soon. There is no cache that it could be brought to, so nothing is done.
+    Cache,
 }

@@ -317,7 +317,7 @@ impl Clients {
                 let flush = FrontRequest { offset: 0, len: 0, ..request };
                 Some(connection.hand_over(conn, flush, ClientOp::Flush, 0, 0))
             }
-            _ if request.len == 0 => {
+            _ if request.len == 0 || request.op == FrontOp::Cache => {
                 connection.answer(request, Ok(()));
                 connection.list(conn, &mut self.to_flush);
                 None
@@ -326,6 +326,7 @@ impl Clients {
                 let rest = range.len.saturating_sub(ZERO_PIECE_LEN);
                 Some(connection.hand_over(conn, request, ClientOp::Zero, 0, rest))
             }
+            FrontOp::Cache => unreachable!("answered above"),
             FrontOp::Read | FrontOp::Write => {
                 connection.state = State::Waiting(request);
                 None
@@ -612,7 +613,7 @@ impl Connection {
     /// Appends the header of an answer.
     fn answer(&mut self, front: FrontRequest, result: Result<(), ClientError>) {
         let protocol = &mut self.protocol;
-        self.outgoing.push_head(|out| protocol.reply(front.handle, front.op, result, out));
+        self.outgoing.push_head(|out| protocol.reply(&front, result, out));
         self.outgoing.count_answer();
     }
 }

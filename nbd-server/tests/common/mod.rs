@@ -137,10 +137,10 @@ impl Connection {
     fn answer(&mut self, request: FrontRequest, payload: &[u8]) -> std::io::Result<()> {
         let mut out = Vec::new();
         if let Some(error) = request.error {
-            self.protocol.reply(request.handle, request.op, Err(error), &mut out);
+            self.protocol.reply(&request, Err(error), &mut out);
             return self.socket.write_all(&out);
         }
-        self.protocol.reply(request.handle, request.op, Ok(()), &mut out);
+        self.protocol.reply(&request, Ok(()), &mut out);
         self.volume.fuas.fetch_add(u64::from(request.fua), Ordering::Relaxed);
         let start = usize::try_from(request.offset).unwrap();
         let range = start..start + request.len as usize;
@@ -148,6 +148,7 @@ impl Connection {
             FrontOp::Read => out.extend_from_slice(&self.volume.data.lock().unwrap()[range]),
             FrontOp::Write => self.volume.data.lock().unwrap()[range].copy_from_slice(payload),
             FrontOp::Trim | FrontOp::WriteZeroes => self.volume.data.lock().unwrap()[range].fill(0),
+            FrontOp::Cache => {}
             FrontOp::Flush => {
                 self.volume.flushes.fetch_add(1, Ordering::Relaxed);
             }

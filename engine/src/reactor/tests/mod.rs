@@ -343,8 +343,8 @@ impl ClientProtocol for Toy {
         ClientFrame::Request(FrontRequest { handle, op, offset, len, fua, error: None })
     }
 
-    fn reply(&mut self, handle: u64, _op: FrontOp, result: Result<(), ClientError>, out: &mut Vec<u8>) {
-        out.extend_from_slice(&handle.to_le_bytes());
+    fn reply(&mut self, request: &FrontRequest, result: Result<(), ClientError>, out: &mut Vec<u8>) {
+        out.extend_from_slice(&request.handle.to_le_bytes());
         out.push(match result {
             Ok(()) => 0,
             Err(ClientError::Invalid) => 1,
