@@ -1,10 +1,11 @@
-//! The pieces of the hot path that stand alone: peer frames, checksums, bitmaps and the intent map, requests and
-//! replies of NBD.
+//! The pieces of the hot path that stand alone: peer frames, checksums, bitmaps and the intent map, the core's steps of
+//! a request, requests and replies of NBD.
 //!
 //! `cargo bench -p blkrepl-benches --bench micro`; with `-- --test` each runs once, as a smoke test.
 
 use std::hint::black_box;
 
+use blkrepl_benches::cores::Core;
 use blkrepl_engine::meta::{Area, Layout, PagedBitmap};
 use blkrepl_engine::reactor::client::{ClientFrame, ClientProtocol};
 use blkrepl_engine::types::{
@@ -115,6 +116,19 @@ fn bitmaps(c: &mut Criterion) {
     group.finish();
 }
 
+/// One request of 4 KiB in the core, whose disk and peer answer at once.
+fn core_steps(c: &mut Criterion) {
+    let mut group = c.benchmark_group("core_step");
+    let mut alone = Core::alone();
+    let (mut primary, mut secondary) = Core::pair();
+    group.bench_function("read_alone", |b| b.iter(|| alone.read()));
+    group.bench_function("write_alone", |b| b.iter(|| alone.write_alone()));
+    group.bench_function("read_primary", |b| b.iter(|| primary.read()));
+    group.bench_function("write_primary", |b| b.iter(|| primary.write_replicated()));
+    group.bench_function("write_secondary", |b| b.iter(|| secondary.follow_write()));
+    group.finish();
+}
+
 fn nbd(c: &mut Criterion) {
     let mut group = c.benchmark_group("nbd");
     let header = RequestHeader { flags: 0, command: NBD_CMD_WRITE, handle: 7, offset: 8192, len: 4096 };
@@ -133,5 +147,5 @@ fn nbd(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, frames, checksums, bitmaps, nbd);
+criterion_group!(benches, frames, checksums, bitmaps, core_steps, nbd);
 criterion_main!(benches);
