@@ -1,5 +1,5 @@
-//! What the benches share, and the programs that measure blkrepl: [`floor`], [`compare`] and [`scale`]; [`cores`] are
-//! what the bench of pieces drives.
+//! What the benches share, and the programs that measure blkrepl: [`floor`], [`compare`] and [`scale`];
+//! [`cores`] are what the bench of pieces drives.
 //!
 //! Here: a cluster of real processes with one volume on two nodes and one on a single node, the loads of the
 //! criterion benches, and the table of their results. The volume with one replica runs the same code with
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use blkrepl_nbd::NbdUri;
-use blkrepl_nbd::bench::{BenchOptions, Job, Pattern, run};
+use blkrepl_nbd::bench::{BenchOptions, Job, Pattern, TIME_MAX, run};
 use blkrepl_tests::cluster::{FAILOVER_LIMIT, SYNC_LIMIT};
 use blkrepl_tests::{Cluster, ClusterOptions};
 
@@ -165,6 +165,16 @@ pub struct Row {
     pub time: Duration,
 }
 
+/// A measured time from a command line.
+///
+/// # Errors
+/// If it is no number, nothing, or longer than the load generator runs.
+pub fn seconds(text: &str) -> Result<Duration, String> {
+    let time = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    time.filter(|time| !time.is_zero() && *time <= TIME_MAX)
+        .ok_or_else(|| format!("not a number of seconds above 0 and up to {}", TIME_MAX.as_secs()))
+}
+
 /// All results as one table.
 #[must_use]
 pub fn table(rows: &[Row]) -> String {
@@ -192,6 +202,14 @@ pub fn table(rows: &[Row]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn seconds_are_a_time_that_can_be_measured() {
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for wrong in ["", "x", "0", "-1", "nan", "inf", "1e9"] {
+            assert!(seconds(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn the_table_has_one_line_per_row_that_ran() {

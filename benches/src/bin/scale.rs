@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use blkrepl_benches::scale::{ScaleOptions, parts, scale};
+use blkrepl_benches::seconds;
 use clap::Parser;
 
 /// Measures what blkrepl costs as volumes, depth, dirty blocks and the number of volumes grow.
@@ -20,8 +21,8 @@ struct Cli {
     #[arg(long)]
     quick: bool,
     /// Measured seconds of each load, all its rounds together.
-    #[arg(long, default_value_t = 1.5)]
-    seconds: f64,
+    #[arg(long, default_value = "1.5", value_parser = seconds)]
+    seconds: Duration,
     /// Where the files lie; they are sparse, but a volume of 16 TiB has over 2 GiB of metadata.
     #[arg(long, default_value = "/dev/shm")]
     dir: PathBuf,
@@ -42,17 +43,13 @@ fn main() -> ExitCode {
         parts().for_each(|name| println!("{name}"));
         return ExitCode::SUCCESS;
     }
-    let Ok(time) = Duration::try_from_secs_f64(cli.seconds) else {
-        eprintln!("scale: {} is not a number of seconds", cli.seconds);
-        return ExitCode::from(2);
-    };
     let options = ScaleOptions {
         only: cli.only,
         quick: cli.quick,
         dir: cli.dir,
         pictures: cli.pictures,
         json: cli.json,
-        time,
+        time: cli.seconds,
     };
     match scale(&options) {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,6 +10,7 @@
 //! subject   a server under test: address, processes
 //! own       the floor and blkrepl
 //! peers     the others
+//! place     where the files lie
 //! quiet     processors kept from idling
 //! enters    io_uring_enter calls per write, with perf
 //! resync    the speed of a resync, and what clients notice of it (a program of its own)
@@ -20,16 +21,17 @@ mod enters;
 mod jobs;
 mod own;
 mod peers;
+mod place;
 mod quiet;
 mod resync;
 mod subject;
 mod table;
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use blkrepl_nbd::NbdUri;
 use blkrepl_nbd::bench::{BenchOptions, BenchReport, Job, Pattern, run};
 use tempfile::TempDir;
 
@@ -37,10 +39,11 @@ use jobs::{JOBS, NamedJob};
 use subject::Subject;
 use table::{Cell, PlaceResults};
 
+pub use place::{Place, PlaceArgs};
 pub use resync::{ResyncOptions, resync};
 
 /// Load before a measurement begins.
-const WARM_UP: Duration = Duration::from_millis(300);
+pub(crate) const WARM_UP: Duration = Duration::from_millis(300);
 /// Longest time for writing all of a server's area once.
 const FILL_LIMIT: Duration = Duration::from_secs(600);
 /// Copies of the area that all servers of a place take together.
@@ -55,24 +58,6 @@ pub enum Transport {
     Tcp,
 }
 
-/// Where the files lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// A real disk: what users get.
-    Disk,
-    /// Memory: what the program itself costs.
-    Tmpfs,
-}
-
-impl Place {
-    fn word(self) -> &'static str {
-        match self {
-            Self::Disk => "disk",
-            Self::Tmpfs => "tmpfs",
-        }
-    }
-}
-
 /// What `compare` is to do.
 #[derive(Clone, Debug)]
 pub struct CompareOptions {
@@ -82,12 +67,8 @@ pub struct CompareOptions {
     pub time: Duration,
     /// Only servers and jobs whose name contains one of these; all if there are none.
     pub only: Vec<String>,
-    /// Where.
-    pub places: Vec<Place>,
-    /// A directory on a disk.
-    pub disk_dir: PathBuf,
-    /// A directory on a tmpfs.
-    pub tmpfs_dir: PathBuf,
+    /// Where, each with a directory there.
+    pub places: Vec<(Place, PathBuf)>,
     /// Bytes of each export.
     pub size: u64,
     /// How clients reach the servers.
@@ -104,8 +85,8 @@ pub fn compare(options: &CompareOptions) -> Result<()> {
     let quiet = quiet::Quiet::start();
     println!("{}", quiet.text());
     let mut results = Vec::new();
-    for place in &options.places {
-        let measured = measure_place(*place, options);
+    for (place, base) in &options.places {
+        let measured = measure_place(*place, base, options);
         match measured {
             Ok(measured) => {
                 println!("\n{}", table::text(&measured));
@@ -124,18 +105,14 @@ pub fn compare(options: &CompareOptions) -> Result<()> {
     Ok(())
 }
 
-fn measure_place(place: Place, options: &CompareOptions) -> Result<PlaceResults> {
-    let base = match place {
-        Place::Disk => &options.disk_dir,
-        Place::Tmpfs => &options.tmpfs_dir,
-    };
-    check_base(place, base, options.size)?;
+fn measure_place(place: Place, base: &Path, options: &CompareOptions) -> Result<PlaceResults> {
+    place.check(base, COPIES * options.size)?;
     let dir = tempfile::Builder::new().prefix("blkrepl-compare-").tempdir_in(base)?;
     let jobs = chosen_jobs(&options.only);
     let mut subjects = start_all(&dir, options);
     ensure!(!subjects.is_empty(), "no server could be started");
     println!("writing the area of each server once");
-    subjects.retain_mut(|subject| match fill(subject, options.size) {
+    subjects.retain_mut(|subject| match fill(&subject.uri, options.size) {
         Ok(()) => true,
         Err(reason) => {
             println!("SKIPPED {}: {reason:#}", subject.name);
@@ -151,7 +128,7 @@ fn measure_place(place: Place, options: &CompareOptions) -> Result<PlaceResults>
                     Ok(report) => results.add(row, column, Cell::of(&report)),
                     Err(reason) => println!("  {} failed: {reason:#}", subject.name),
                 }
-                settle(place, dir.path());
+                place.settle(dir.path());
             }
         }
     }
@@ -211,22 +188,9 @@ fn start_all(dir: &TempDir, options: &CompareOptions) -> Vec<Subject> {
     subjects
 }
 
-/// The directory is what the place says, and has room.
-fn check_base(place: Place, base: &Path, size: u64) -> Result<()> {
-    let stat = rustix::fs::statfs(base).with_context(|| format!("look at {}", base.display()))?;
-    let is_tmpfs = stat.f_type == libc::TMPFS_MAGIC;
-    if is_tmpfs != (place == Place::Tmpfs) {
-        let is = if is_tmpfs { "is" } else { "is not" };
-        bail!("{} {is} a tmpfs; name another with --{}-dir", base.display(), place.word());
-    }
-    let room = stat.f_bavail.saturating_mul(u64::try_from(stat.f_bsize)?);
-    ensure!(room >= COPIES * size, "{} has {room} bytes left, {} are needed", base.display(), COPIES * size);
-    Ok(())
-}
-
 /// Writes everything once, so that no space is allocated later and no block is read that was never written.
-fn fill(subject: &Subject, size: u64) -> Result<()> {
-    run(&subject.uri, &sequential(FILL_LIMIT, Some(size >> 20))).context("write the area")?;
+pub(crate) fn fill(uri: &NbdUri, size: u64) -> Result<()> {
+    run(uri, &sequential(FILL_LIMIT, Some(size >> 20))).context("write the area")?;
     Ok(())
 }
 
@@ -245,14 +209,4 @@ fn run_once(subject: &Subject, job: &NamedJob, time: Duration) -> Result<BenchRe
         ..BenchOptions::new(job.job, job.depth)
     };
     Ok(run(&subject.uri, &options)?)
-}
-
-/// What a server left in the page cache is not to be written out during the next one's measurement.
-fn settle(place: Place, dir: &Path) {
-    if place == Place::Disk
-        && let Ok(dir) = File::open(dir)
-    {
-        // Only costs noise if it fails.
-        let _ = rustix::fs::syncfs(dir);
-    }
 }

@@ -5,14 +5,14 @@ use std::fs::{self, File};
 use std::io::Write;
 
 /// Held as long as it lives.
-pub(super) struct Quiet {
+pub(crate) struct Quiet {
     _request: Option<File>,
     text: String,
 }
 
 impl Quiet {
     /// Asks the kernel for a wake-up latency of 0; says so if that is not possible.
-    pub(super) fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let path = "/dev/cpu_dma_latency";
         // The request is in force while the file is open.
         let request = File::options().write(true).open(path).and_then(|mut file| {
@@ -32,7 +32,7 @@ impl Quiet {
     }
 
     /// For the output.
-    pub(super) fn text(&self) -> &str {
+    pub(crate) fn text(&self) -> &str {
         &self.text
     }
 }

@@ -75,15 +75,13 @@ pub fn resync(options: &ResyncOptions) -> Result<()> {
         rounds: 1,
         time: options.time,
         only: Vec::new(),
-        places: vec![options.place],
-        disk_dir: options.dir.clone(),
-        tmpfs_dir: options.dir.clone(),
+        places: vec![(options.place, options.dir.clone())],
         size: options.size,
         transport: Transport::Unix,
         json: None,
     };
     let mut floor = own::start_floor("floor", dir.path(), &servers)?;
-    fill(&floor, options.size)?;
+    fill(&floor.uri, options.size)?;
     let mut pair = Pair::start(options)?;
     let mut rounds = Vec::new();
     for number in 1..=options.rounds {

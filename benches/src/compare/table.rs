@@ -10,23 +10,23 @@ use super::subject::Subject;
 use super::{CompareOptions, peers};
 
 /// The fastest round of a server may be so much faster than its slowest before it counts as noisy.
-pub(super) const SPREAD_MAX: f64 = 1.25;
+pub(crate) const SPREAD_MAX: f64 = 1.25;
 /// Whom everything is compared to.
 const FLOOR: &str = "floor";
 
 /// One run.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Cell {
-    pub(super) iops: f64,
-    pub(super) mb_per_s: f64,
-    pub(super) p50_us: f64,
-    pub(super) p99_us: f64,
+pub(crate) struct Cell {
+    pub(crate) iops: f64,
+    pub(crate) mb_per_s: f64,
+    pub(crate) p50_us: f64,
+    pub(crate) p99_us: f64,
     /// CPU of all of the server's processes, per operation.
-    pub(super) cpu_us: Option<f64>,
+    pub(crate) cpu_us: Option<f64>,
 }
 
 impl Cell {
-    pub(super) fn of(report: &BenchReport) -> Self {
+    pub(crate) fn of(report: &BenchReport) -> Self {
         Self {
             iops: report.iops(),
             mb_per_s: report.megabytes_per_second(),
@@ -37,7 +37,7 @@ impl Cell {
     }
 
     /// Figure by figure; `None` of no runs.
-    pub(super) fn median(runs: &[Self]) -> Option<Self> {
+    pub(crate) fn median(runs: &[Self]) -> Option<Self> {
         let of = |value: fn(&Self) -> f64| median(runs.iter().map(value).collect());
         Some(Self {
             iops: of(|cell| cell.iops)?,
@@ -79,10 +79,8 @@ impl PlaceResults {
         Cell::median(&self.runs[job][server])
     }
 
-    /// Fastest by slowest round.
     fn spread(&self, job: usize, server: usize) -> f64 {
-        let rates = || self.runs[job][server].iter().map(|cell| cell.iops);
-        rates().fold(0.0, f64::max) / rates().fold(f64::INFINITY, f64::min).max(1e-9)
+        spread(&self.runs[job][server])
     }
 
     fn floor(&self, job: usize) -> Option<Cell> {
@@ -97,19 +95,25 @@ impl PlaceResults {
     }
 }
 
+/// Fastest by slowest run.
+pub(crate) fn spread(runs: &[Cell]) -> f64 {
+    let rates = || runs.iter().map(|cell| cell.iops);
+    rates().fold(0.0, f64::max) / rates().fold(f64::INFINITY, f64::min).max(1e-9)
+}
+
 /// The middle one; of an even number the mean of the middle two.
-pub(super) fn median(mut values: Vec<f64>) -> Option<f64> {
+pub(crate) fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let upper = *values.get(values.len() / 2)?;
     let lower = values[(values.len() - 1) / 2];
     Some(f64::midpoint(lower, upper))
 }
 
-fn ratio(value: Option<f64>, base: Option<f64>) -> Option<f64> {
+pub(crate) fn ratio(value: Option<f64>, base: Option<f64>) -> Option<f64> {
     Some(value? / base.filter(|base| *base > 0.0)?)
 }
 
-fn shown(value: Option<f64>, digits: usize) -> String {
+pub(crate) fn shown(value: Option<f64>, digits: usize) -> String {
     value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
 }
 
