@@ -18,7 +18,7 @@ const TICKS_COARSE: u64 = 4;
 
 /// CPU time of some processes at one moment, in both countings, per process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct CpuSample(Vec<ProcessSample>);
+pub struct CpuSample(Vec<ProcessSample>);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct ProcessSample {
@@ -50,14 +50,19 @@ impl CpuMeter {
         self.pids.is_empty()
     }
 
-    pub(super) fn sample(&self) -> Result<CpuSample, NbdError> {
+    /// What they have used so far.
+    ///
+    /// # Errors
+    /// [`NbdError::Usage`] if one of them does not run any more.
+    pub fn sample(&self) -> Result<CpuSample, NbdError> {
         self.pids.iter().map(|&pid| sample_of(pid)).collect::<Result<_, _>>().map(CpuSample)
     }
 }
 
 impl CpuSample {
     /// CPU time of all processes between the two.
-    pub(super) fn since(&self, before: &Self) -> Duration {
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Duration {
         self.0.iter().zip(&before.0).map(|(now, before)| now.since(before)).sum()
     }
 }

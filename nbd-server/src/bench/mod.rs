@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-pub use cpu::CpuMeter;
+pub use cpu::{CpuMeter, CpuSample};
 pub use job::{Job, Pattern, Spread};
 pub use report::{BenchReport, LatencyReport};
 
