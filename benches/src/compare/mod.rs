@@ -37,10 +37,13 @@ use tempfile::TempDir;
 
 use jobs::{JOBS, NamedJob};
 use subject::Subject;
-use table::{Cell, PlaceResults};
+use table::PlaceResults;
 
 pub use place::{Place, PlaceArgs};
 pub use resync::{ResyncOptions, resync};
+
+pub(crate) use quiet::Quiet;
+pub(crate) use table::{Cell, SPREAD_MAX, median, ratio, shown, spread};
 
 /// Load before a measurement begins.
 pub(crate) const WARM_UP: Duration = Duration::from_millis(300);
@@ -82,7 +85,7 @@ pub struct CompareOptions {
 /// # Errors
 /// If no server can be measured, or the results cannot be written. A server that fails is left out.
 pub fn compare(options: &CompareOptions) -> Result<()> {
-    let quiet = quiet::Quiet::start();
+    let quiet = Quiet::start();
     println!("{}", quiet.text());
     let mut results = Vec::new();
     for (place, base) in &options.places {

@@ -127,6 +127,11 @@ impl Target {
         Ok(())
     }
 
+    /// All processes of the cluster.
+    pub(crate) fn pids(&self) -> &[u32] {
+        &self.pids
+    }
+
     pub(crate) fn options(&self, job: Job, depth: usize, time: Duration) -> BenchOptions {
         BenchOptions {
             warm_up: WARM_UP,
