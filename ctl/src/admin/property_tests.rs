@@ -135,8 +135,8 @@ prop_compose! {
         replicas in vec(replica(), 0..3),
     ) -> VolumeView {
         VolumeView {
-            name, id, size, block_size, durability, settings, epoch, reign, lineage, primary, demoted, serving, degraded,
-            in_sync, note, replicas,
+            name, id, size, block_size, durability, settings, epoch, reign, lineage, primary, demoted, serving,
+            degraded, in_sync, note, replicas,
         }
     }
 }
