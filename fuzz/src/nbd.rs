@@ -103,9 +103,9 @@ fn check_replies(mut out: &[u8]) {
     }
 }
 
-/// Requests. Control byte: bit 0 read-only, bit 1 blocks of 512 bytes, bit 2 small payloads, bit 3 structured replies, bit 7 makes
-/// the magic of every header good; then headers, each followed by its payload if it is a write. Holds:
-/// what passes lies within the export, and each request has a reply of its own.
+/// Requests. Control byte: bit 0 read-only, bit 1 blocks of 512 bytes, bit 2 small payloads, bit 3 structured
+/// replies, bit 7 makes the magic of every header good; then headers, each followed by its payload if it is a
+/// write. Holds: what passes lies within the export, and each request has a reply of its own.
 pub fn nbd_requests(data: &[u8]) -> Verdict {
     let mut input = Input::new(data);
     let control = input.u8();

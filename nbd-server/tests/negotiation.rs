@@ -430,7 +430,8 @@ proptest! {
                 _ if !known.contains(&kind) => Some(NBD_REP_ERR_UNSUP),
                 _ if shape == 2 => Some(NBD_REP_ERR_TOO_BIG),
                 NBD_OPT_ABORT => Some(NBD_REP_ACK),
-                NBD_OPT_LIST | NBD_OPT_STRUCTURED_REPLY => Some(if data.is_empty() { NBD_REP_ACK } else { NBD_REP_ERR_INVALID }),
+                NBD_OPT_LIST | NBD_OPT_STRUCTURED_REPLY if data.is_empty() => Some(NBD_REP_ACK),
+                NBD_OPT_LIST | NBD_OPT_STRUCTURED_REPLY => Some(NBD_REP_ERR_INVALID),
                 _ if shape < 2 => Some(NBD_REP_ERR_INVALID),
                 _ => Some(match name.as_str() {
                     "vol0" => NBD_REP_ACK,
