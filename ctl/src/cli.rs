@@ -247,8 +247,8 @@ pub struct VolumeSetArgs {
     /// Most bytes of resync copies in flight per target, such as 16MiB [a new volume's: 4MiB].
     #[arg(long, value_name = "SIZE", value_parser = parse_window)]
     pub resync_window: Option<u32>,
-    /// Most regions of 1 MiB that may be written to at once, or have been within a second, without waiting for
-    /// others to be cleared; after a crash of the primary so much is compared [a new volume's: 256].
+    /// Most regions of 1 MiB that may be written to, or have been lately, without waiting for others to be
+    /// cleared; after a crash of the primary so much is compared [a new volume's: 256].
     #[arg(long, value_name = "REGIONS")]
     pub intent_regions: Option<u32>,
     /// A member that answers nothing for so many milliseconds is taken out of the in-sync set [a new volume's:

@@ -121,7 +121,9 @@ pub fn volume(v: &VolumeView) -> String {
     if let Some(note) = &v.note {
         out.push_str(&format!("  {note}\n"));
     }
-    out.push_str(&format!("  settings: {}\n", settings(&v.settings)));
+    if let Some(set) = &v.settings {
+        out.push_str(&format!("  settings: {}\n", settings(set)));
+    }
     out
 }
 
@@ -188,7 +190,7 @@ pub(crate) mod tests {
             size: 1 << 30,
             block_size: 4096,
             durability: DurabilityWord::Flush,
-            settings: VolumeSettings::default().into(),
+            settings: Some(VolumeSettings::default().into()),
             epoch: 5,
             reign: 4,
             lineage: "1".repeat(32),

@@ -208,8 +208,9 @@ pub struct VolumeView {
     pub block_size: u32,
     /// `flush` or `always`.
     pub durability: DurabilityWord,
-    /// Its settings.
-    pub settings: SettingsView,
+    /// Its settings; `null` from a node of an earlier release.
+    #[serde(default)]
+    pub settings: Option<SettingsView>,
     /// Committed changes.
     pub epoch: u64,
     /// Epoch at which the primary took over.

@@ -128,7 +128,7 @@ prop_compose! {
     fn volume()(
         (name, id, lineage) in any::<(String, String, String)>(),
         (size, block_size, epoch, reign) in any::<(u64, u32, u64, u64)>(),
-        (durability, settings) in (durability(), settings()),
+        (durability, settings) in (durability(), option::of(settings())),
         (primary, note) in any::<(Option<String>, Option<String>)>(),
         (demoted, serving, degraded) in any::<(bool, bool, bool)>(),
         in_sync in vec(any::<String>(), 0..3),

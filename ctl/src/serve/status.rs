@@ -94,7 +94,7 @@ impl Gathered<'_> {
             size: v.geometry.size(),
             block_size: v.geometry.block_size(),
             durability: durability_word(v.settings.durability),
-            settings: v.settings.into(),
+            settings: Some(v.settings.into()),
             epoch: v.epoch.0,
             reign: v.reign.0,
             lineage: v.lineage.to_string(),

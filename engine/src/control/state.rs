@@ -31,8 +31,14 @@ pub const ADDR_LEN_MAX: usize = 256;
 pub const LEASE_MIN: Duration = Duration::from_millis(100);
 /// Longest lease that can be set.
 pub const LEASE_MAX: Duration = Duration::from_secs(60);
-/// Shortest time-out and latency budget of a volume that can be set.
-pub const TIMEOUT_MIN: Duration = Duration::from_millis(1);
+/// Shortest peer time-out that can be set: peers are asked for a sign of life once a tick of 50 ms.
+pub const PEER_TIMEOUT_MIN: Duration = Duration::from_millis(200);
+/// Shortest disk time-out that can be set: below it a disk that is merely busy counts as broken.
+pub const DISK_TIMEOUT_MIN: Duration = Duration::from_secs(1);
+/// Smallest latency budget of resync that can be set.
+pub const RESYNC_LATENCY_MIN: Duration = Duration::from_millis(1);
+/// Largest window of a resync, in bytes; as much memory may be held for it on both sides.
+pub const RESYNC_WINDOW_MAX: u32 = 64 << 20;
 /// Longest time-out and latency budget of a volume that can be set.
 pub const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Results remembered per node so that a retried request has no second effect.
@@ -243,17 +249,23 @@ impl Default for ClusterState {
 /// them, on every node at once.
 pub(super) fn check_settings(s: &VolumeSettings) -> Result<(), String> {
     let times = [
-        ("peer_timeout", s.peer_timeout),
-        ("disk_timeout", s.disk_timeout),
-        ("resync_latency_budget", s.resync_latency_budget),
+        ("peer_timeout", s.peer_timeout, PEER_TIMEOUT_MIN),
+        ("disk_timeout", s.disk_timeout, DISK_TIMEOUT_MIN),
+        ("resync_latency_budget", s.resync_latency_budget, RESYNC_LATENCY_MIN),
     ];
-    for (what, given) in times {
-        if !(TIMEOUT_MIN..=TIMEOUT_MAX).contains(&given) {
-            return Err(format!("{what} {given:?} is not between {TIMEOUT_MIN:?} and {TIMEOUT_MAX:?}"));
+    for (what, given, min) in times {
+        if !(min..=TIMEOUT_MAX).contains(&given) {
+            return Err(format!("{what} {given:?} is not between {min:?} and {TIMEOUT_MAX:?}"));
         }
     }
     if s.intent_regions_max == 0 {
         return Err("intent_regions_max 0 leaves no region to write to; at least 1 is needed".into());
+    }
+    if s.resync_window_bytes > RESYNC_WINDOW_MAX {
+        return Err(format!(
+            "resync_window_bytes {} are more than {RESYNC_WINDOW_MAX}",
+            s.resync_window_bytes
+        ));
     }
     if s.resync_window_bytes < BLOCK_SIZE_DEFAULT {
         return Err(format!(

@@ -21,8 +21,6 @@ const IDLE_AFTER: Duration = Duration::from_secs(1);
 const ANSWERS_MIN: u32 = 100;
 /// Chunks in flight when clients come back, or are there when a resync begins.
 const START: usize = 2;
-/// Far more than any window holds; keeps the doubling from overflowing.
-const LIMIT_MAX: usize = 1 << 16;
 
 /// See the module's head.
 #[derive(Debug)]
@@ -39,7 +37,7 @@ pub(super) struct Budget {
 
 impl Budget {
     pub(super) fn new(now: Nanos) -> Self {
-        Self { limit: LIMIT_MAX, answers: 0, late: 0, judged: now, asked: None }
+        Self { limit: usize::MAX, answers: 0, late: 0, judged: now, asked: None }
     }
 
     /// A client's request has come.
@@ -59,25 +57,28 @@ impl Budget {
 
     /// A resync begins: what was seen before says nothing of it.
     pub(super) fn begin(&mut self, now: Nanos) {
-        self.limit = if self.is_idle(now) { LIMIT_MAX } else { START };
+        self.limit = if self.is_idle(now) { usize::MAX } else { START };
         self.judge_from(now);
     }
 
-    /// Time has passed.
-    pub(super) fn tick(&mut self, now: Nanos) {
+    /// Time has passed. `window`: chunks that may be in flight at most; `waiting`: a client's request waits.
+    pub(super) fn tick(&mut self, now: Nanos, window: usize, waiting: bool) {
         let elapsed = now.since(self.judged);
         if elapsed < INTERVAL {
             return;
         }
-        if self.late > self.answers.max(ANSWERS_MIN) / 100 {
-            self.limit /= 2;
-        } else if self.answers >= ANSWERS_MIN || (self.answers > 0 && elapsed >= IDLE_AFTER) {
-            self.limit = (self.limit + 1).min(LIMIT_MAX);
-        } else if self.is_idle(now) {
-            self.limit = (self.limit.max(1) * 2).min(LIMIT_MAX);
+        let late = self.late > self.answers.max(ANSWERS_MIN) / 100;
+        let enough = self.answers >= ANSWERS_MIN || (self.answers > 0 && elapsed >= IDLE_AFTER);
+        let limit = self.limit.min(window);
+        self.limit = if late {
+            limit / 2
+        } else if enough && (self.late == 0 || self.answers >= ANSWERS_MIN) {
+            limit + 1
+        } else if self.answers == 0 && !waiting && self.is_idle(now) {
+            limit.max(1) * 2
         } else {
             return; // too little is known yet
-        }
+        };
         self.judge_from(now);
     }
 
@@ -115,7 +116,7 @@ mod tests {
                 let latency = if n < late { BUDGET * 2 } else { BUDGET };
                 budget.answered(latency, BUDGET);
             }
-            budget.tick(at(now + 100));
+            budget.tick(at(now + 100), WINDOW, false);
         }
     }
 
@@ -124,7 +125,7 @@ mod tests {
         let mut budget = Budget::new(at(5000));
         budget.begin(at(5000));
         assert_eq!(budget.limit(WINDOW), WINDOW);
-        budget.tick(at(6000));
+        budget.tick(at(6000), WINDOW, false);
         assert_eq!(budget.limit(WINDOW), WINDOW);
     }
 
@@ -171,11 +172,40 @@ mod tests {
     }
 
     #[test]
+    fn the_few_answers_of_a_slow_client_are_gathered_until_two_are_late() {
+        let mut budget = Budget::new(at(5000));
+        load(&mut budget, 5000, 8, 0, 0);
+        for second in 0..6 {
+            load(&mut budget, 6000 + second * 900, 1, 1, 1);
+            assert!(budget.limit(WINDOW) <= START, "it never grows, with every answer late");
+        }
+        assert_eq!(budget.limit(WINDOW), 0);
+    }
+
+    #[test]
+    fn a_request_that_hangs_is_no_sign_of_idle_clients() {
+        let mut budget = Budget::new(at(5000));
+        budget.asked(at(5000));
+        for tick in 0..100 {
+            budget.tick(at(5000 + tick * 50), WINDOW, true);
+        }
+        assert_eq!(budget.limit(WINDOW), START);
+    }
+
+    #[test]
+    fn what_was_never_used_is_not_saved_up() {
+        let mut budget = Budget::new(at(5000));
+        load(&mut budget, 5000, 100, 200, 0);
+        load(&mut budget, 15_000, 1, 200, 100);
+        assert_eq!(budget.limit(WINDOW), WINDOW / 2);
+    }
+
+    #[test]
     fn when_clients_fall_silent_it_doubles_up_to_the_window() {
         let mut budget = Budget::new(at(5000));
         load(&mut budget, 5000, 5, 10, 10);
         for tick in 0..40 {
-            budget.tick(at(5500 + tick * 50));
+            budget.tick(at(5500 + tick * 50), WINDOW, false);
         }
         assert_eq!(budget.limit(WINDOW), WINDOW);
     }

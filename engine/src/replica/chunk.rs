@@ -47,12 +47,17 @@ impl Replica {
         }
     }
 
+    /// Chunks in flight at most, whatever clients do.
+    pub(super) fn chunk_window(&self) -> usize {
+        let window = u64::from(self.settings().resync_window_bytes);
+        let window = window / (CHUNK_BLOCKS * u64::from(self.geometry.block_size()));
+        usize::try_from(window).unwrap_or(usize::MAX).max(1)
+    }
+
     /// The window bounds what is in flight, and the clients' latency budget. Nobody is served before the members
     /// of a new reign are reconciled, so that one is not held back.
     fn chunk_may_begin(&self, node: NodeId) -> bool {
-        let window = u64::from(self.settings().resync_window_bytes);
-        let window = window / (CHUNK_BLOCKS * u64::from(self.geometry.block_size()));
-        let window = usize::try_from(window).unwrap_or(usize::MAX).max(1);
+        let window = self.chunk_window();
         let Some(primary) = &self.primary else { return false };
         let Some(target) = primary.targets.get(&node) else { return false };
         let phase = matches!(target.phase, TargetPhase::Copying | TargetPhase::Draining);

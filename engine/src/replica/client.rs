@@ -26,6 +26,7 @@ impl Replica {
             return;
         };
         if matches!(request.op, ClientOp::Flush) || request.len == 0 {
+            primary.budget.asked(self.now);
             primary.enqueue(id, request, BlockRange::default(), self.now);
             return;
         }
@@ -37,6 +38,7 @@ impl Replica {
             return;
         }
         let blocks = self.geometry.blocks_of(bytes);
+        primary.budget.asked(self.now);
         primary.enqueue(id, request, blocks, self.now);
     }
 
@@ -209,7 +211,7 @@ impl Replica {
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.remove(&id).expect("a request finishes once");
         assert!(!op.intent, "a request finished with its intent open");
-        if !primary.targets.is_empty() {
+        if !primary.targets.is_empty() && !op.orphan {
             primary.budget.answered(now.since(op.arrived), budget);
         }
         let acked_write = result.is_ok() && matches!(op.request.op, ClientOp::Write(_) | ClientOp::Zero);

@@ -180,8 +180,15 @@ impl Replica {
             self.primary.as_ref().map_or(self.store.intent().count() > u64::from(max), |p| p.intent_full);
         let keep_max = if room_wanted { u64::from(max.saturating_sub((max / 4).max(1))) } else { u64::MAX };
         let missing = self.missing_slots();
-        self.intents.clear_idle(&mut self.store, stable, idle_before, keep_max, |store, blocks| {
-            missing.iter().flat_map(|slot| store.save_dirty(slot, blocks)).collect()
-        });
+        loop {
+            let before = self.store.intent().count();
+            self.intents.clear_idle(&mut self.store, stable, idle_before, keep_max, |store, blocks| {
+                missing.iter().flat_map(|slot| store.save_dirty(slot, blocks)).collect()
+            });
+            // Settled regions go some at a time; whoever takes over would have to compare what is left.
+            if !drain || self.store.intent().count() == before {
+                return;
+            }
+        }
     }
 }

@@ -243,7 +243,6 @@ impl Primary {
 
     /// Puts a request at the end of the queue.
     pub(super) fn enqueue(&mut self, id: OpId, request: ClientRequest, blocks: BlockRange, now: Nanos) {
-        self.budget.asked(now);
         let op = Op {
             request,
             arrived: now,

@@ -557,10 +557,10 @@ impl Replica {
     /// Measures the speed of each resync, once a second.
     pub(super) fn tick_resync(&mut self) {
         self.end_stuck_targets();
-        let now = self.now;
+        let (now, window) = (self.now, self.chunk_window());
         let Some(primary) = &mut self.primary else { return };
         if !primary.targets.is_empty() {
-            primary.budget.tick(now);
+            primary.budget.tick(now, window, !primary.ops.is_empty());
         }
         for target in primary.targets.values_mut() {
             let elapsed = now.since(target.speed.0);

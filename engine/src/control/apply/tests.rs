@@ -363,6 +363,9 @@ fn settings_that_no_replica_can_work_with_are_refused() {
         VolumeSettings { disk_timeout: Duration::ZERO, ..good },
         VolumeSettings { resync_latency_budget: Duration::ZERO, ..good },
         VolumeSettings { resync_latency_budget: Duration::MAX, ..good },
+        VolumeSettings { peer_timeout: Duration::from_millis(199), ..good },
+        VolumeSettings { disk_timeout: Duration::from_millis(999), ..good },
+        VolumeSettings { resync_window_bytes: (64 << 20) + 1, ..good },
         VolumeSettings { intent_regions_max: 0, ..good },
         VolumeSettings { resync_window_bytes: 1, ..good },
     ] {

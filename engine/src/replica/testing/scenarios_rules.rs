@@ -587,8 +587,6 @@ fn r21_a_copy_waits_for_the_write_of_its_block() {
     world.converge();
 }
 
-/// A live write for which there is no room is not sent; an older one of the same block must not clear
-/// the bit then, whatever else its answer covers.
 /// For one tick clients wait longer than they may.
 fn tick_of_late_answers(world: &mut World) {
     hang(world, 1, Hang::Read);
@@ -635,6 +633,8 @@ fn a_resync_that_makes_clients_late_goes_on_by_one_chunk_a_tick() {
     assert!(world.all_in_sync(), "{:#?}", world.summary());
 }
 
+/// A live write for which there is no room is not sent; an older one of the same block must not clear
+/// the bit then, whatever else its answer covers.
 #[test]
 fn r21_the_answer_to_an_older_write_leaves_the_bit_of_a_newer_one_that_was_not_sent() {
     let mut world = resync_with_window(64, 5); // one chunk at a time, and the first one hangs
