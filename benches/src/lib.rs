@@ -11,6 +11,7 @@ pub mod cores;
 pub mod floor;
 pub mod scale;
 
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -174,6 +175,18 @@ pub fn seconds(text: &str) -> Result<Duration, String> {
     let time = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     time.filter(|time| !time.is_zero() && *time <= TIME_MAX)
         .ok_or_else(|| format!("not a number of seconds above 0 and up to {}", TIME_MAX.as_secs()))
+}
+
+/// How a program that measures ends; the reason of a failure goes to standard error.
+#[must_use]
+pub fn exit_code(program: &str, result: Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("{program}: {reason:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// All results as one table.

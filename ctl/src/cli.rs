@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use blkrepl_engine::control::RESYNC_WINDOW_MAX;
 use blkrepl_nbd::NbdUri;
 use blkrepl_nbd::bench::{BLOCK_SIZE_MAX, TIME_MAX};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -369,15 +370,19 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 }
 
 fn parse_block_size(text: &str) -> Result<u32, String> {
-    let size = parse_size(text)?;
-    u32::try_from(size).ok().filter(|size| *size <= BLOCK_SIZE_MAX).ok_or_else(|| {
-        format!("{size} bytes are more than one NBD request may have; at most {BLOCK_SIZE_MAX}")
-    })
+    parse_size_up_to(text, BLOCK_SIZE_MAX, "one NBD request")
 }
 
 fn parse_window(text: &str) -> Result<u32, String> {
+    parse_size_up_to(text, RESYNC_WINDOW_MAX, "the window of a resync")
+}
+
+fn parse_size_up_to(text: &str, max: u32, what: &str) -> Result<u32, String> {
     let size = parse_size(text)?;
-    u32::try_from(size).map_err(|_| format!("{size} bytes are more than {} that a window may have", u32::MAX))
+    u32::try_from(size)
+        .ok()
+        .filter(|size| *size <= max)
+        .ok_or_else(|| format!("{size} bytes are more than {what} may have; at most {max}"))
 }
 
 fn parse_seconds(text: &str) -> Result<Duration, String> {

@@ -93,15 +93,7 @@ impl Session {
             _ => Err(ClientError::Invalid),
         }
     }
-}
 
-/// A request that is not known at all: it has no payload (none can be known), so nothing is drained.
-fn refused(handle: u64) -> FrontRequest {
-    let error = Some(ClientError::Invalid);
-    FrontRequest { handle, op: FrontOp::Flush, offset: 0, len: 0, fua: false, error }
-}
-
-impl Session {
     fn errno(&self, error: ClientError, op: FrontOp) -> NbdErrno {
         let writes = matches!(op, FrontOp::Write | FrontOp::Trim | FrontOp::WriteZeroes);
         match error {
@@ -110,6 +102,12 @@ impl Session {
             error => NbdErrno::of(error),
         }
     }
+}
+
+/// A request that is not known at all: it has no payload (none can be known), so nothing is drained.
+fn refused(handle: u64) -> FrontRequest {
+    let error = Some(ClientError::Invalid);
+    FrontRequest { handle, op: FrontOp::Flush, offset: 0, len: 0, fua: false, error }
 }
 
 impl ClientProtocol for Session {

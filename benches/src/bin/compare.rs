@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use blkrepl_benches::compare::{CompareOptions, PlaceArgs, Transport, compare};
-use blkrepl_benches::seconds;
+use blkrepl_benches::{exit_code, seconds};
 use clap::{Parser, ValueEnum};
 
 /// Measures blkrepl, the floor and the NBD servers that Debian packages under the same loads.
@@ -55,11 +55,5 @@ fn main() -> ExitCode {
         },
         json: cli.json,
     };
-    match compare(&options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(reason) => {
-            eprintln!("compare: {reason:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code("compare", compare(&options))
 }

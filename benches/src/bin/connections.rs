@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use blkrepl_benches::compare::PlaceArgs;
 use blkrepl_benches::connections::{ConnectionsOptions, connections, parts};
-use blkrepl_benches::seconds;
+use blkrepl_benches::{exit_code, seconds};
 use clap::Parser;
 
 /// Measures whether several connections to a volume gain, and what two volumes take from each other.
@@ -47,11 +47,5 @@ fn main() -> ExitCode {
         memory_dir: cli.places.tmpfs_dir().to_owned(),
         size: cli.size << 20,
     };
-    match connections(&options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(reason) => {
-            eprintln!("connections: {reason:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code("connections", connections(&options))
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
+use blkrepl_benches::exit_code;
 use blkrepl_benches::floor::{FloorOptions, serve};
 use blkrepl_nbd::{ListenAddr, NbdUri};
 use clap::{Args, Parser, Subcommand};
@@ -57,13 +58,7 @@ struct PeerArgs {
 }
 
 fn main() -> ExitCode {
-    match run(&Cli::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(reason) => {
-            eprintln!("floor: {reason:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code("floor", run(&Cli::parse().command))
 }
 
 fn run(command: &Command) -> Result<()> {

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use blkrepl_benches::compare::{Place, ResyncOptions, resync};
+use blkrepl_benches::exit_code;
 use clap::Parser;
 
 /// Measures the resync of a replica that was away, with idle clients and under load.
@@ -41,11 +42,8 @@ fn main() -> ExitCode {
     let (place, dir) = if cli.tmpfs { (Place::Tmpfs, cli.tmpfs_dir) } else { (Place::Disk, cli.disk_dir) };
     let time = Duration::from_secs(cli.seconds);
     let budget = Duration::from_millis(cli.latency);
-    match resync(&ResyncOptions { place, dir, size: cli.size << 20, rounds: cli.rounds, time, budget }) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(reason) => {
-            eprintln!("resync: {reason:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code(
+        "resync",
+        resync(&ResyncOptions { place, dir, size: cli.size << 20, rounds: cli.rounds, time, budget }),
+    )
 }

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use blkrepl_benches::scale::{ScaleOptions, parts, scale};
-use blkrepl_benches::seconds;
+use blkrepl_benches::{exit_code, seconds};
 use clap::Parser;
 
 /// Measures what blkrepl costs as volumes, depth, dirty blocks and the number of volumes grow.
@@ -51,11 +51,5 @@ fn main() -> ExitCode {
         json: cli.json,
         time: cli.seconds,
     };
-    match scale(&options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(reason) => {
-            eprintln!("scale: {reason:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code("scale", scale(&options))
 }

@@ -317,18 +317,17 @@ impl Clients {
                 let flush = FrontRequest { offset: 0, len: 0, ..request };
                 Some(connection.hand_over(conn, flush, ClientOp::Flush, 0, 0))
             }
-            _ if request.len == 0 || request.op == FrontOp::Cache => {
-                connection.answer(request, Ok(()));
-                connection.list(conn, &mut self.to_flush);
-                None
-            }
-            FrontOp::Trim | FrontOp::WriteZeroes => {
+            FrontOp::Trim | FrontOp::WriteZeroes if request.len > 0 => {
                 let rest = range.len.saturating_sub(ZERO_PIECE_LEN);
                 Some(connection.hand_over(conn, request, ClientOp::Zero, 0, rest))
             }
-            FrontOp::Cache => unreachable!("answered above"),
-            FrontOp::Read | FrontOp::Write => {
+            FrontOp::Read | FrontOp::Write if request.len > 0 => {
                 connection.state = State::Waiting(request);
+                None
+            }
+            FrontOp::Cache | FrontOp::Trim | FrontOp::WriteZeroes | FrontOp::Read | FrontOp::Write => {
+                connection.answer(request, Ok(()));
+                connection.list(conn, &mut self.to_flush);
                 None
             }
         }

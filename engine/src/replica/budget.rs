@@ -68,11 +68,11 @@ impl Budget {
             return;
         }
         let late = self.late > self.answers.max(ANSWERS_MIN) / 100;
-        let enough = self.answers >= ANSWERS_MIN || (self.answers > 0 && elapsed >= IDLE_AFTER);
+        let few_in_time = self.answers > 0 && self.late == 0 && elapsed >= IDLE_AFTER;
         let limit = self.limit.min(window);
         self.limit = if late {
             limit / 2
-        } else if enough && (self.late == 0 || self.answers >= ANSWERS_MIN) {
+        } else if self.answers >= ANSWERS_MIN || few_in_time {
             limit + 1
         } else if self.answers == 0 && !waiting && self.is_idle(now) {
             limit.max(1) * 2

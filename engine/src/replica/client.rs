@@ -25,19 +25,17 @@ impl Replica {
             self.out.push_back(Output::CloseClients("this node is not primary".into()));
             return;
         };
-        if matches!(request.op, ClientOp::Flush) || request.len == 0 {
-            primary.budget.asked(self.now);
-            primary.enqueue(id, request, BlockRange::default(), self.now);
-            return;
-        }
         let bytes = ByteRange { offset: request.offset, len: request.len };
-        if !self.geometry.contains(bytes) {
+        let blocks = if matches!(request.op, ClientOp::Flush) || request.len == 0 {
+            BlockRange::default()
+        } else if self.geometry.contains(bytes) {
+            self.geometry.blocks_of(bytes)
+        } else {
             self.release_request(&request);
             let (conn, cookie) = (request.conn, request.cookie);
             self.out.push_back(Output::Reply { conn, cookie, result: Err(ClientError::Invalid) });
             return;
-        }
-        let blocks = self.geometry.blocks_of(bytes);
+        };
         primary.budget.asked(self.now);
         primary.enqueue(id, request, blocks, self.now);
     }
