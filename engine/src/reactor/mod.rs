@@ -11,6 +11,7 @@
 //! peers     sessions to the other replicas                                > staging, outgoing
 //! disk      disk operations                                              /
 //! ring      io_uring: every operation in the kernel and what it holds
+//! alarm     timers that end the ring's waits
 //! buffers   aligned, pooled, counted memory
 //! open      making, locking and checking the files, before the thread starts
 //! ```
@@ -19,6 +20,7 @@
 
 pub mod client;
 
+mod alarm;
 mod buffers;
 mod clients;
 mod core;

@@ -7,7 +7,8 @@
 //! while operations are in the kernel, ring and memory are leaked rather than freed.
 //!
 //! Invariants: every pushed operation completes exactly once; `user_data` is the slot's index, and a
-//! slot is reused only after its completion was reaped.
+//! slot is reused only after its completion was reaped. Timers have no slot: they point at nothing once the
+//! kernel has taken them, and end with the ring.
 //!
 //! Never does: deciding anything. It knows no blocks, clients or peers.
 
@@ -22,10 +23,13 @@ use io_uring::squeue::Entry;
 use io_uring::{IoUring, Probe, cqueue, opcode, types};
 
 use crate::replica::{ConnId, DiskOpId};
+use crate::types::Nanos;
 use crate::wire::{BufId, SessionId};
 
+use super::alarm::{Alarm, Plan};
 use super::buffers::{Buffers, PIECE_LEN};
 use super::error::ReactorError;
+use super::handle::boottime_now;
 use super::outgoing::Message;
 
 /// Submission entries of a ring unless the options say otherwise.
@@ -34,6 +38,8 @@ pub(super) const RING_ENTRIES: u32 = 256;
 const COMPLETIONS_PER_ENTRY: u32 = 16;
 /// `IORING_RECVSEND_POLL_FIRST`: do not try before the socket is readable.
 const POLL_FIRST: u16 = 1;
+/// `user_data` of timers; no slot has such an index.
+const TIMER: u64 = u64::MAX;
 
 /// Whose operation completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,6 +112,9 @@ pub(super) struct Ring {
     in_kernel: usize,
     /// The kernel knows `IORING_RECVSEND_POLL_FIRST`, and tells whether a socket holds more.
     poll_first: bool,
+    alarm: Alarm,
+    /// When the timers end, for the kernel, which reads it as it takes an entry.
+    alarm_time: Box<types::Timespec>,
 }
 
 /// A ring and the buffers that its operations use.
@@ -161,6 +170,7 @@ fn missing_operations(probe: &Probe) -> Vec<&'static str> {
         ("RECV", opcode::Recv::CODE),
         ("SENDMSG", opcode::SendMsg::CODE),
         ("POLL_ADD", opcode::PollAdd::CODE),
+        ("TIMEOUT", opcode::Timeout::CODE),
     ];
     needed.iter().filter(|(_, code)| !probe.is_supported(*code)).map(|(name, _)| *name).collect()
 }
@@ -193,6 +203,8 @@ impl Ring {
             in_kernel: 0,
             // Of 5.19; SEND_ZC came with 6.0 and can be asked for.
             poll_first: probe.is_supported(opcode::SendZc::CODE),
+            alarm: Alarm::new(),
+            alarm_time: Box::default(),
         })
     }
 
@@ -215,12 +227,40 @@ impl Ring {
         self.fill();
     }
 
+    /// Has a wait for `want` completions end at `deadline`: by timers, or by the time-out that this returns.
+    fn limit(&mut self, want: usize, deadline: Nanos) -> Option<Duration> {
+        match self.alarm.plan(want, deadline) {
+            Plan::Timeout => Some(deadline.since(boottime_now())),
+            Plan::Timers(more) => {
+                self.set_timers(more);
+                None
+            }
+        }
+    }
+
+    fn set_timers(&mut self, count: usize) {
+        if count == 0 {
+            return;
+        }
+        let at = self.alarm.at().0;
+        let nanos =
+            u32::try_from(at % 1_000_000_000).expect("less than a second of nanoseconds fits 32 bits");
+        // Entries that still wait in the backlog have this very time.
+        *self.alarm_time = types::Timespec::new().sec(at / 1_000_000_000).nsec(nanos);
+        for _ in 0..count {
+            let entry = opcode::Timeout::new(&raw const *self.alarm_time)
+                .flags(types::TimeoutFlags::ABS | types::TimeoutFlags::BOOTTIME);
+            self.backlog.push_back(entry.build().user_data(TIMER));
+        }
+    }
+
     /// Moves entries into the submission queue as far as it has room.
     fn fill(&mut self) {
         let mut queue = self.uring.submission();
         while let Some(entry) = self.backlog.front() {
             // SAFETY: everything that the entry points at is owned by its operation in `operations`, which
-            // is kept until the completion is reaped, and leaked if the ring is dropped before that.
+            // is kept until the completion is reaped, and leaked if the ring is dropped before that. A timer's
+            // entry points at `alarm_time`, which lives as long as the ring.
             if unsafe { queue.push(entry) }.is_err() {
                 return;
             }
@@ -265,6 +305,10 @@ impl Ring {
     /// Takes the completions that are there and appends them to `out`.
     fn reap(&mut self, out: &mut Vec<Completion>) {
         for entry in self.uring.completion() {
+            if entry.user_data() == TIMER {
+                self.alarm.ended(entry.result());
+                continue;
+            }
             let index = usize::try_from(entry.user_data()).expect("user data is a slot index");
             let operation = self.operations[index].take().expect("an operation completes only once");
             self.vacant.push(u32::try_from(index).expect("slot indices fit 32 bits"));
@@ -334,18 +378,22 @@ impl Io {
 
     /// Submits what was pushed, waits for a completion or the time-out, appends what completed to `out`.
     pub(super) fn turn(&mut self, timeout: Option<Duration>, out: &mut Vec<Completion>) -> io::Result<()> {
-        self.turn_beyond(0, timeout, out)
+        self.ring.submit_and_wait(1, timeout)?;
+        self.ring.reap(out);
+        Ok(())
     }
 
-    /// As [`Self::turn`], but `quiet` completions do not end the wait: those of sends that the kernel carries
-    /// out as it takes them, and that lead to nothing.
+    /// As [`Self::turn`], but it ends at a time, and `quiet` completions do not end the wait: those of sends
+    /// that the kernel carries out as it takes them, and that lead to nothing.
     pub(super) fn turn_beyond(
         &mut self,
         quiet: usize,
-        timeout: Option<Duration>,
+        deadline: Option<Nanos>,
         out: &mut Vec<Completion>,
     ) -> io::Result<()> {
-        self.ring.submit_and_wait(1 + quiet, timeout)?;
+        let want = 1 + quiet;
+        let timeout = deadline.and_then(|at| self.ring.limit(want, at));
+        self.ring.submit_and_wait(want, timeout)?;
         self.ring.reap(out);
         Ok(())
     }
@@ -521,20 +569,53 @@ mod tests {
             there.write_all(&bytes).unwrap();
         });
         let mut done = Vec::new();
-        io.turn_beyond(1, Some(Duration::from_secs(60)), &mut done).unwrap();
+        io.turn_beyond(1, Some(within(Duration::from_secs(60))), &mut done).unwrap();
         answer.join().unwrap();
         assert_eq!(
             done.iter().map(|d| d.result).collect::<Vec<_>>(),
             [3, 3],
             "the send and the answer to it"
         );
-        // The time-out ends it all the same.
+        // Its time ends it all the same, here by a time-out: the timers are those of the first wait.
         queue.on_sent(message_of(&mut done), 3, &mut io.buffers);
         queue.push_head(|out| out.extend_from_slice(b"out"));
         io.send(&here, queue.take().unwrap(), Token::ClientSend(ConnId(1)));
         done.clear();
-        io.turn_beyond(1, Some(Duration::from_millis(20)), &mut done).unwrap();
+        io.turn_beyond(1, Some(within(Duration::from_millis(20))), &mut done).unwrap();
         assert_eq!(done.len(), 1);
+    }
+
+    fn within(limit: Duration) -> Nanos {
+        boottime_now().after(limit)
+    }
+
+    #[test]
+    fn timers_end_a_wait_for_several_and_are_set_again() {
+        let mut io = Io::new(8, 0).unwrap();
+        let mut done = Vec::new();
+        for want in [3, 1, 4, 9] {
+            let deadline = within(Duration::from_millis(20));
+            // The timers of one wait may end one by one; none of them is left before the next.
+            while boottime_now() < deadline || !io.ring.alarm.is_idle() {
+                io.turn_beyond(want - 1, Some(deadline), &mut done).unwrap();
+            }
+            assert!(done.is_empty(), "a timer is nobody's completion");
+        }
+        assert_eq!(io.in_kernel(), 0);
+    }
+
+    #[test]
+    fn a_ring_with_timers_in_it_is_given_up() {
+        let mut io = Io::new(8, 0).unwrap();
+        let (here, mut there) = UnixStream::pair().unwrap();
+        let here = Rc::new(OwnedFd::from(here));
+        io.watch_shutdown(&here, Token::Wake);
+        there.shutdown(std::net::Shutdown::Both).unwrap();
+        let mut done = Vec::new();
+        io.turn_beyond(0, Some(within(Duration::from_secs(3600))), &mut done).unwrap();
+        assert_eq!((done.len(), io.in_kernel()), (1, 0), "a timer keeps nobody from stopping");
+        drop(io);
+        assert_eq!(there.read(&mut [0; 1]).unwrap(), 0);
     }
 
     fn message_of(done: &mut Vec<Completion>) -> Box<Message> {

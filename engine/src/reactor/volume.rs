@@ -144,22 +144,22 @@ impl<C: Core> Volume<C> {
             if self.stopped {
                 return Ok(());
             }
-            let timeout = self.timeout();
+            let deadline = self.deadline();
             if mutated(Mutation::R27) {
                 self.began = boottime_now();
             }
-            self.io.turn_beyond(quiet, timeout, &mut done)?;
+            self.io.turn_beyond(quiet, deadline, &mut done)?;
             self.handle(&mut done);
             self.tick();
         }
     }
 
-    /// How long the next turn may wait.
-    fn timeout(&self) -> Option<Duration> {
+    /// Until when the next turn may wait.
+    fn deadline(&self) -> Option<Nanos> {
         let status = self.board.touched.then(|| self.board.at.after(STATUS_INTERVAL));
         let trim = self.io.buffers.has_spare().then_some(self.trim_at);
         let deadlines = [self.core.poll_deadline(), self.clients.deadline(), status, trim];
-        deadlines.into_iter().flatten().min().map(|at| at.since(boottime_now()))
+        deadlines.into_iter().flatten().min()
     }
 
     fn handle(&mut self, done: &mut Vec<Completion>) {
