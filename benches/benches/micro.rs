@@ -7,7 +7,7 @@ use std::hint::black_box;
 
 use blkrepl_benches::cores::Core;
 use blkrepl_engine::meta::{Area, Layout, PagedBitmap};
-use blkrepl_engine::reactor::client::{ClientFrame, ClientProtocol};
+use blkrepl_engine::reactor::client::{Answer, ClientFrame, ClientProtocol};
 use blkrepl_engine::types::{
     BlockIndex, BlockRange, Geometry, LogIndex, Reign, ReplicaSlot, SlotSet, VolumeId,
 };
@@ -140,7 +140,7 @@ fn nbd(c: &mut Criterion) {
     group.bench_function("encode_reply", |b| {
         b.iter(|| {
             out.clear();
-            session.reply(black_box(&request), Ok(()), &mut out);
+            session.reply(black_box(&request), Answer::Done, &mut out);
             black_box(out.len())
         });
     });

@@ -1,6 +1,6 @@
 //! What an NBD client sends: the negotiation, then request headers.
 
-use blkrepl_engine::reactor::client::{ClientFrame, ClientProtocol, FrontOp, FrontRequest};
+use blkrepl_engine::reactor::client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
 use blkrepl_nbd::negotiate::{Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, Progress, Want};
 use blkrepl_nbd::proto::{
     EXPORT_NAME_ZEROES, GREETING_LEN, NBD_REP_MAGIC, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_ERROR,
@@ -139,21 +139,22 @@ pub fn nbd_requests(data: &[u8]) -> Verdict {
         assert_eq!(sent.encode(), header);
         assert_eq!(request.handle, sent.handle);
         if request.op == FrontOp::Write {
-            assert_eq!(request.len, sent.len, "a write's payload has the header's length");
-            input.take(request.len as usize);
+            assert_eq!(request.payload, u64::from(sent.len), "a write's payload has the header's length");
+            input.take(sent.len as usize);
         }
         if request.error.is_none() {
             accepted = true;
-            assert!(request.offset + u64::from(request.len) <= export.size);
+            assert!(request.offset + request.len <= export.size);
             assert!(request.len > 0 || request.op == FrontOp::Flush);
             assert!(
                 !export.read_only || matches!(request.op, FrontOp::Read | FrontOp::Flush | FrontOp::Cache)
             );
             let payload = matches!(request.op, FrontOp::Read | FrontOp::Write);
-            assert!(!payload || request.len <= export.max_payload);
+            assert!(!payload || request.len <= u64::from(export.max_payload));
         }
         let mut out = Vec::new();
-        session.reply(&request, request.error.map_or(Ok(()), Err), &mut out);
+        let done = if request.op == FrontOp::Read { Answer::Data } else { Answer::Done };
+        session.reply(&request, request.error.map_or(done, Answer::Error), &mut out);
         let (failed, handle) = read_reply(&out, &request, replies);
         assert_eq!((failed, handle), (request.error.is_some(), sent.handle));
     }
@@ -175,6 +176,6 @@ fn read_reply(out: &[u8], request: &FrontRequest, replies: Replies) -> (bool, u6
     let handle = u64::from_be_bytes(head[8..16].try_into().expect("8 bytes"));
     assert_eq!(number(4), NBD_REPLY_FLAG_DONE);
     let data = if number(6) == NBD_REPLY_TYPE_OFFSET_DATA { request.len } else { 0 };
-    assert_eq!(len as usize, payload.len() + data as usize);
+    assert_eq!(u64::from(len), payload.len() as u64 + data);
     (number(6) == NBD_REPLY_TYPE_ERROR, handle)
 }

@@ -125,6 +125,8 @@ pub const NBD_CMD_FLAG_DF: u16 = 1 << 2;
 pub const NBD_REPLY_FLAG_DONE: u16 = 1 << 0;
 /// Chunk: data of a read, with its offset.
 pub const NBD_REPLY_TYPE_OFFSET_DATA: u16 = 1;
+/// Chunk: the part of a read from this offset on, so many bytes, is zeroes.
+pub const NBD_REPLY_TYPE_OFFSET_HOLE: u16 = 2;
 /// Chunk: an error, with a text for people.
 pub const NBD_REPLY_TYPE_ERROR: u16 = (1 << 15) + 1;
 

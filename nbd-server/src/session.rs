@@ -5,7 +5,7 @@
 //! It never closes a connection for a request that is merely refused; only a wrong magic does, because then
 //! nothing on the stream can be trusted any more.
 
-use blkrepl_engine::reactor::client::{ClientFrame, ClientProtocol, FrontOp, FrontRequest};
+use blkrepl_engine::reactor::client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
 use blkrepl_engine::replica::ClientError;
 
 use crate::export::{ExportInfo, Replies};
@@ -50,7 +50,8 @@ impl Session {
             handle: header.handle,
             op,
             offset: header.offset,
-            len: header.len,
+            len: u64::from(header.len),
+            payload: if op == FrontOp::Write { u64::from(header.len) } else { 0 },
             fua: header.flags & proto::NBD_CMD_FLAG_FUA != 0,
             error: self.check(op, header).err(),
         }
@@ -107,7 +108,7 @@ impl Session {
 /// A request that is not known at all: it has no payload (none can be known), so nothing is drained.
 fn refused(handle: u64) -> FrontRequest {
     let error = Some(ClientError::Invalid);
-    FrontRequest { handle, op: FrontOp::Flush, offset: 0, len: 0, fua: false, error }
+    FrontRequest { handle, op: FrontOp::Flush, offset: 0, len: 0, payload: 0, fua: false, error }
 }
 
 impl ClientProtocol for Session {
@@ -132,12 +133,20 @@ impl ClientProtocol for Session {
         }
     }
 
-    fn reply(&mut self, request: &FrontRequest, result: Result<(), ClientError>, out: &mut Vec<u8>) {
+    fn can_say_zeroes(&self) -> bool {
+        self.replies == Replies::Structured
+    }
+
+    fn reply(&mut self, request: &FrontRequest, answer: Answer<'_>, out: &mut Vec<u8>) {
         let structured = self.replies == Replies::Structured;
-        match result {
-            Ok(()) if structured && request.op == FrontOp::Read => put_data_header(request, out),
-            Ok(()) => out.extend_from_slice(&proto::encode_simple_reply(None, request.handle)),
-            Err(error) => {
+        match answer {
+            Answer::Data if structured => put_data_header(request, out),
+            Answer::Zeroes => put_hole(request, out),
+            Answer::Extents(_) => unreachable!("no metadata context was agreed to"),
+            Answer::Done | Answer::Data => {
+                out.extend_from_slice(&proto::encode_simple_reply(None, request.handle));
+            }
+            Answer::Error(error) => {
                 let error = self.errno(error, request.op);
                 if structured {
                     put_error_chunk(request.handle, error, out);
@@ -151,10 +160,22 @@ impl ClientProtocol for Session {
 
 /// What goes before the data of a read, all of it in one chunk.
 fn put_data_header(request: &FrontRequest, out: &mut Vec<u8>) {
-    let len = 8 + request.len; // the offset, and the data
+    let len = 8 + payload_len(request); // the offset, and the data
     let (done, kind) = (proto::NBD_REPLY_FLAG_DONE, proto::NBD_REPLY_TYPE_OFFSET_DATA);
     out.extend_from_slice(&proto::encode_chunk(done, kind, request.handle, len));
     out.extend_from_slice(&request.offset.to_be_bytes());
+}
+
+/// A read that brought zeroes only.
+fn put_hole(request: &FrontRequest, out: &mut Vec<u8>) {
+    let (done, kind) = (proto::NBD_REPLY_FLAG_DONE, proto::NBD_REPLY_TYPE_OFFSET_HOLE);
+    out.extend_from_slice(&proto::encode_chunk(done, kind, request.handle, 8 + 4));
+    out.extend_from_slice(&request.offset.to_be_bytes());
+    out.extend_from_slice(&payload_len(request).to_be_bytes());
+}
+
+fn payload_len(request: &FrontRequest) -> u32 {
+    u32::try_from(request.len).expect("a read fits one payload")
 }
 
 fn put_error_chunk(handle: u64, error: NbdErrno, out: &mut Vec<u8>) {
@@ -203,8 +224,15 @@ mod tests {
             }
         }
         let request = parse(&mut session(), NBD_CMD_WRITE, NBD_CMD_FLAG_FUA, 4096, 512);
-        let expected =
-            FrontRequest { handle: 42, op: FrontOp::Write, offset: 4096, len: 512, fua: true, error: None };
+        let expected = FrontRequest {
+            handle: 42,
+            op: FrontOp::Write,
+            offset: 4096,
+            len: 512,
+            payload: 512,
+            fua: true,
+            error: None,
+        };
         assert_eq!(request, expected);
         assert_eq!(error(NBD_CMD_WRITE_ZEROES, NBD_CMD_FLAG_NO_HOLE, 0, 4096), None);
         assert_eq!(error(NBD_CMD_FLUSH, NBD_CMD_FLAG_FUA, 0, 0), None);
@@ -244,7 +272,7 @@ mod tests {
     fn an_oversized_write_is_refused_with_its_payload_to_drain() {
         let request = parse(&mut session(), NBD_CMD_WRITE, 0, 0, PAYLOAD_MAX_DEFAULT + 1);
         assert_eq!(request.error, Some(ClientError::Invalid));
-        assert_eq!((request.op, request.len), (FrontOp::Write, PAYLOAD_MAX_DEFAULT + 1));
+        assert_eq!((request.op, request.len), (FrontOp::Write, u64::from(PAYLOAD_MAX_DEFAULT) + 1));
         assert_eq!(error(NBD_CMD_READ, 0, 0, u32::MAX), Some(ClientError::Invalid));
         // No payload, no limit but the export's end.
         assert_eq!(error(NBD_CMD_TRIM, 0, 0, 1 << 30), None);
@@ -267,7 +295,7 @@ mod tests {
         for command in [NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES] {
             let request = parse(&mut session, command, 0, 0, 4096);
             let mut out = Vec::new();
-            session.reply(&request, Err(request.error.unwrap()), &mut out);
+            session.reply(&request, Answer::Error(request.error.unwrap()), &mut out);
             let reply = decode_simple_reply(out.as_slice().try_into().unwrap());
             assert_eq!(reply, Ok((Some(NbdErrno::Perm), 42)));
         }
@@ -296,11 +324,24 @@ mod tests {
         let request = parse(&mut session, NBD_CMD_READ, NBD_CMD_FLAG_DF, 8192, 4096);
         assert_eq!(request.error, None);
         let mut out = Vec::new();
-        session.reply(&request, Ok(()), &mut out);
+        session.reply(&request, Answer::Data, &mut out);
         assert_eq!(only_chunk(&out), (NBD_REPLY_TYPE_OFFSET_DATA, 42, &8192u64.to_be_bytes()[..]));
         assert_eq!(be32(&out, 16), 8 + 4096, "the data that the reactor sends belongs to the chunk");
         // Without structured replies the flag does not exist.
         assert_eq!(error(NBD_CMD_READ, NBD_CMD_FLAG_DF, 0, 4096), Some(ClientError::Invalid));
+    }
+
+    #[test]
+    fn a_read_of_zeroes_is_one_hole_where_replies_are_structured() {
+        let mut session = Session::new(&ExportInfo::new("vol0", SIZE), Replies::Structured);
+        assert!(session.can_say_zeroes());
+        let request = parse(&mut session, NBD_CMD_READ, 0, 8192, 4096);
+        let mut out = Vec::new();
+        session.reply(&request, Answer::Zeroes, &mut out);
+        let body = [&8192u64.to_be_bytes()[..], &4096u32.to_be_bytes()].concat();
+        assert_eq!(only_chunk(&out), (NBD_REPLY_TYPE_OFFSET_HOLE, 42, &body[..]));
+        assert_eq!(be32(&out, 16), 12);
+        assert!(!Session::new(&ExportInfo::new("vol0", SIZE), Replies::Simple).can_say_zeroes());
     }
 
     #[test]
@@ -309,7 +350,7 @@ mod tests {
         for command in [NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_TRIM, 9] {
             let request = parse(&mut session, command, 0, SIZE, 4096);
             let mut out = Vec::new();
-            session.reply(&request, Err(request.error.unwrap()), &mut out);
+            session.reply(&request, Answer::Error(request.error.unwrap()), &mut out);
             let (kind, handle, payload) = only_chunk(&out);
             assert_eq!((kind, handle), (NBD_REPLY_TYPE_ERROR, 42));
             assert_eq!(be32(&out, 16) as usize, payload.len());
@@ -326,7 +367,7 @@ mod tests {
         for command in [NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_CACHE] {
             let request = parse(&mut session, command, 0, 0, 4096);
             let mut out = Vec::new();
-            session.reply(&request, Ok(()), &mut out);
+            session.reply(&request, Answer::Done, &mut out);
             assert_eq!(decode_simple_reply(out.as_slice().try_into().unwrap()), Ok((None, 42)));
         }
     }
@@ -363,11 +404,11 @@ mod tests {
                 prop_assert_eq!(request.handle, handle);
                 prop_assert_eq!(request.op == FrontOp::Write, command == NBD_CMD_WRITE);
                 if request.error.is_none() {
-                    prop_assert!(request.offset + u64::from(request.len) <= SIZE);
+                    prop_assert!(request.offset + request.len <= SIZE);
                     prop_assert!(request.len > 0 || request.op == FrontOp::Flush);
                 }
                 if request.op == FrontOp::Write {
-                    prop_assert_eq!(request.len, len, "a write's payload always has the header's length");
+                    prop_assert_eq!(request.payload, u64::from(len), "a write's payload always has the header's length");
                 }
             } else {
                 prop_assert_eq!(command, NBD_CMD_DISC);
@@ -412,7 +453,7 @@ mod tests {
                 past.then_some(ClientError::Invalid)
             };
             prop_assert_eq!(request.error, expected);
-            prop_assert_eq!((request.offset, request.len), if known { (offset, len) } else { (0, 0) });
+            prop_assert_eq!((request.offset, request.len), if known { (offset, u64::from(len)) } else { (0, 0) });
             prop_assert_eq!(request.fua, known && flags & NBD_CMD_FLAG_FUA != 0);
         }
 

@@ -7,10 +7,11 @@
 //!
 //! Invariants:
 //! - Every [`ClientFrame::Request`] is answered by exactly one reply, in any order, or the connection closes.
-//! - After the header of a [`FrontOp::Write`] exactly `len` payload bytes follow on the connection, also
-//!   if the request carries an error; after any other header nothing follows.
+//! - After the header of a request exactly `payload` bytes follow on the connection: those of a write, or
+//!   bytes to be thrown away of a request that carries an error.
 
 use crate::replica::ClientError;
+use crate::types::Extent;
 
 /// The codec of one client connection that is past its negotiation.
 pub trait ClientProtocol: Send {
@@ -22,9 +23,29 @@ pub trait ClientProtocol: Send {
     /// the bytes are, this answers with a frame and never panics.
     fn parse(&mut self, header: &[u8]) -> ClientFrame;
 
-    /// Appends the reply header for one request to `out`. After a successful read the caller sends the data,
-    /// exactly as many bytes as were asked for, right behind this header; after any other reply nothing follows.
-    fn reply(&mut self, request: &FrontRequest, result: Result<(), ClientError>, out: &mut Vec<u8>);
+    /// The client understands that a read brought zeroes only, without their bytes ([`Answer::Zeroes`]).
+    fn can_say_zeroes(&self) -> bool {
+        false
+    }
+
+    /// Appends the reply to one request to `out`: all of it, or what goes before the data of a read.
+    fn reply(&mut self, request: &FrontRequest, answer: Answer<'_>, out: &mut Vec<u8>);
+}
+
+/// What a request is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer<'a> {
+    /// It is done. Nothing follows.
+    Done,
+    /// A read: the caller sends the data, exactly as many bytes as were asked for, right behind the reply.
+    Data,
+    /// A read that brought zeroes only, to a client that understands that. Nothing follows.
+    Zeroes,
+    /// What a [`FrontOp::BlockStatus`] asked for: at least one extent, none of them empty, the first one
+    /// from its offset on, each from the end of the one before, at most to the end of the request.
+    Extents(&'a [Extent]),
+    /// It is refused, or failed.
+    Error(ClientError),
 }
 
 /// What a request header says.
@@ -49,12 +70,15 @@ pub struct FrontRequest {
     /// First byte; 0 for a flush.
     pub offset: u64,
     /// Bytes; 0 for a flush. Bounded by the protocol's payload limit for reads and writes without an
-    /// `error` only: trim and write-zeroes carry no payload and may be as long as a `u32` can say.
-    pub len: u32,
+    /// `error` only: the others carry no payload and may be as long as the volume.
+    pub len: u64,
+    /// Bytes that follow the header: `len` for a write. Any number, to be thrown away, if the request carries
+    /// an `error`; else 0.
+    pub payload: u64,
     /// Stable on all of the ack set before the reply.
     pub fua: bool,
-    /// Set if the request is already known to be refused: drain its payload (a write's `len` bytes, be they
-    /// as many as a `u32` can say), then answer this error. Nothing else is to be done for it.
+    /// Set if the request is already known to be refused: drain its payload, then answer this error. Nothing
+    /// else is to be done for it.
     pub error: Option<ClientError>,
 }
 
@@ -63,7 +87,7 @@ pub struct FrontRequest {
 pub enum FrontOp {
     /// Read.
     Read,
-    /// Write; `len` payload bytes follow the header.
+    /// Write.
     Write,
     /// Make everything acknowledged on any connection so far stable.
     Flush,
@@ -73,4 +97,13 @@ pub enum FrontOp {
     WriteZeroes,
     /// Will be read soon. There is no cache that it could be brought to, so nothing is done.
     Cache,
+    /// Which parts are holes, and which a missing replica lacks.
+    BlockStatus,
+}
+
+impl FrontOp {
+    /// It is answered with something that was asked for.
+    pub(super) fn wants_data(self) -> bool {
+        matches!(self, Self::Read | Self::BlockStatus)
+    }
 }

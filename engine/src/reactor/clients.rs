@@ -21,12 +21,12 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags};
 
 use crate::mutation::{Mutation, mutated};
-use crate::replica::{ClientError, ClientOp, ClientRequest, ConnId, Cookie, ReplyData};
+use crate::replica::{ClientError, ClientOp, ClientRequest, ConnId, Cookie, EXTENTS_MAX, ReplyData};
 use crate::rising_map::RisingMap;
-use crate::types::{ByteRange, Geometry, Nanos};
+use crate::types::{ByteRange, Extent, Geometry, Nanos};
 use crate::wire::{BufId, Payload};
 
-use super::client::{ClientFrame, ClientProtocol, FrontOp, FrontRequest};
+use super::client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
 use super::outgoing::{Message, Outgoing};
 use super::ring::{Io, Span, Token};
 use super::staging::{STAGING_LEN, Staging};
@@ -36,9 +36,12 @@ pub(super) const REQUESTS_MAX: u32 = 256;
 /// Most client connections of one volume; further ones are closed at once.
 pub(super) const CONNECTIONS_MAX: usize = 1024;
 /// Longest read or write in bytes.
-pub(super) const CLIENT_LEN_MAX: u32 = 32 << 20;
+pub(super) const CLIENT_LEN_MAX: u64 = 32 << 20;
 /// A longer trim or write-zeroes is given to the core in pieces of this many bytes, one after the other.
 const ZERO_PIECE_LEN: u64 = 32 << 20;
+/// Longest answer to a request for the block status, in bytes: [`EXTENTS_MAX`] extents in two contexts, 16 bytes
+/// each, and what goes before them.
+const STATUS_LEN_MAX: u64 = 12 << 10;
 /// A client that moves fewer bytes than this within a quarter of the longest unread time, while it owes a
 /// payload or answers wait for it, counts as stalled.
 const STALL_LEN: usize = 64 << 10;
@@ -46,17 +49,18 @@ const STALL_LEN: usize = 64 << 10;
 const HEADER_LEN_MAX: usize = 4096;
 
 const _: () = assert!(HEADER_LEN_MAX * 2 <= STAGING_LEN);
+const _: () = assert!(EXTENTS_MAX as u64 * 2 * 16 + 1024 <= STATUS_LEN_MAX);
 
 /// What a connection is in the middle of.
 enum State {
     /// The next header.
     Header,
-    /// A read or write that waits for its share of the client bytes.
+    /// A request whose answer or payload waits for its share of the client bytes.
     Waiting(FrontRequest),
     /// The payload of a write: `got` bytes of it are in `buf`.
     Payload { request: FrontRequest, buf: BufId, got: usize },
-    /// The payload of a write that is refused: `left` bytes are still to be thrown away.
-    Draining { request: FrontRequest, left: usize },
+    /// The payload of a request that is refused: `left` bytes are still to be thrown away.
+    Draining { request: FrontRequest, left: u64 },
     /// The client said that it sends nothing more.
     Finishing,
 }
@@ -64,7 +68,7 @@ enum State {
 /// A request that the core has (or had a piece of).
 struct Request {
     front: FrontRequest,
-    /// Client bytes reserved for it that no buffer carries yet (reads).
+    /// Client bytes reserved for its answer, which no buffer carries yet.
     reserved: u64,
     /// Of a long zero request: bytes after the piece that the core has.
     rest: u64,
@@ -114,6 +118,8 @@ pub(super) struct Clients {
     waiting: VecDeque<ConnId>,
     /// Connections with something to send, each once; some may be closed by now.
     to_flush: Vec<ConnId>,
+    /// The answer to a request for the block status, while it is made.
+    status: Vec<u8>,
 }
 
 impl Clients {
@@ -126,6 +132,7 @@ impl Clients {
             next_conn: 1,
             waiting: VecDeque::new(),
             to_flush: Vec::new(),
+            status: Vec::new(),
         }
     }
 
@@ -270,20 +277,24 @@ impl Clients {
                     if !self.admit(io, conn, request) {
                         return None;
                     }
-                    if request.op == FrontOp::Read {
-                        return self.start_read(conn, request);
+                    match request.op {
+                        FrontOp::Read => return self.start(conn, request, ClientOp::Read),
+                        FrontOp::BlockStatus => return self.start(conn, request, ClientOp::Extents),
+                        _ => {}
                     }
                 }
                 State::Payload { request, .. } => return self.go_on_with_payload(io, conn, request),
                 State::Draining { request, left } => {
-                    let now = left.min(connection.staging.len());
+                    let now = connection.staging.len().min(usize::try_from(left).unwrap_or(usize::MAX));
                     connection.staging.consume(now);
-                    connection.state = State::Draining { request, left: left - now };
-                    if left > now {
+                    let left = left - now as u64;
+                    connection.state = State::Draining { request, left };
+                    if left > 0 {
                         return None;
                     }
                     connection.state = State::Header;
-                    connection.answer(request, Err(request.error.unwrap_or(ClientError::Invalid)));
+                    let error = request.error.unwrap_or(ClientError::Invalid);
+                    connection.answer(request, Answer::Error(error));
                     connection.list(conn, &mut self.to_flush);
                 }
                 State::Finishing => {
@@ -297,7 +308,7 @@ impl Clients {
     /// Judges a fresh request and sets what comes next; a request without payload or reservation is
     /// returned at once.
     fn begin(&mut self, conn: ConnId, request: FrontRequest) -> Option<Next> {
-        let range = ByteRange { offset: request.offset, len: u64::from(request.len) };
+        let range = ByteRange { offset: request.offset, len: request.len };
         let carries_data = matches!(request.op, FrontOp::Read | FrontOp::Write);
         let valid = match request.op {
             FrontOp::Flush => true,
@@ -307,7 +318,7 @@ impl Clients {
         };
         let connection = self.connections.get_mut(&conn)?;
         if request.error.is_some() || !valid {
-            let left = if request.op == FrontOp::Write { request.len as usize } else { 0 };
+            let left = request.payload;
             connection.staging.expect_body(0); // what is thrown away has no buffer of its own
             connection.state = State::Draining { request, left };
             return None;
@@ -321,27 +332,36 @@ impl Clients {
                 let rest = range.len.saturating_sub(ZERO_PIECE_LEN);
                 Some(connection.hand_over(conn, request, ClientOp::Zero, 0, rest))
             }
-            FrontOp::Read | FrontOp::Write if request.len > 0 => {
+            FrontOp::Read | FrontOp::Write | FrontOp::BlockStatus if request.len > 0 => {
                 connection.state = State::Waiting(request);
                 None
             }
+            // A protocol that lets a request for the status of nothing pass gets an answer, if no good one.
+            FrontOp::BlockStatus => {
+                connection.answer(request, Answer::Error(ClientError::Invalid));
+                connection.list(conn, &mut self.to_flush);
+                None
+            }
             FrontOp::Cache | FrontOp::Trim | FrontOp::WriteZeroes | FrontOp::Read | FrontOp::Write => {
-                connection.answer(request, Ok(()));
+                connection.answer(request, Answer::Done);
                 connection.list(conn, &mut self.to_flush);
                 None
             }
         }
     }
 
-    /// Bytes of whole blocks that a request touches.
-    fn span_len(&self, request: FrontRequest) -> u64 {
-        let range = ByteRange { offset: request.offset, len: u64::from(request.len) };
+    /// The share of the client bytes that a request needs: for a read or write the whole blocks that it touches.
+    fn share(&self, request: FrontRequest) -> u64 {
+        if request.op == FrontOp::BlockStatus {
+            return STATUS_LEN_MAX;
+        }
+        let range = ByteRange { offset: request.offset, len: request.len };
         self.geometry.blocks_of(range).count * u64::from(self.geometry.block_size())
     }
 
-    /// Reserves the client bytes of a read or write, in turn. False: wait.
+    /// Reserves the client bytes of a request, in turn. False: wait.
     fn admit(&mut self, io: &mut Io, conn: ConnId, request: FrontRequest) -> bool {
-        let len = self.span_len(request);
+        let len = self.share(request);
         let in_turn = self.waiting.front().is_none_or(|first| *first == conn);
         if !in_turn || !io.buffers.reserve(len) {
             if !self.waiting.contains(&conn) {
@@ -354,17 +374,17 @@ impl Clients {
             let buf = io.buffers.alloc(usize::try_from(len).expect("a write fits one payload"));
             io.buffers.charge(buf, len);
             let connection = self.connections.get_mut(&conn).expect("admitted while it is open");
-            connection.staging.expect_body(request.len as usize);
+            connection.staging.expect_body(usize::try_from(request.len).expect("a write fits one payload"));
             connection.state = State::Payload { request, buf, got: 0 };
         }
         true
     }
 
-    fn start_read(&mut self, conn: ConnId, request: FrontRequest) -> Option<Next> {
-        let reserved = self.span_len(request);
+    fn start(&mut self, conn: ConnId, request: FrontRequest, op: ClientOp) -> Option<Next> {
+        let reserved = self.share(request);
         let connection = self.connections.get_mut(&conn)?;
         connection.state = State::Header;
-        Some(connection.hand_over(conn, request, ClientOp::Read, reserved, 0))
+        Some(connection.hand_over(conn, request, op, reserved, 0))
     }
 
     fn go_on_with_payload(&mut self, io: &mut Io, conn: ConnId, request: FrontRequest) -> Option<Next> {
@@ -372,13 +392,13 @@ impl Clients {
         let skip = usize::try_from(request.offset % block).expect("less than a block");
         let connection = self.connections.get_mut(&conn)?;
         let State::Payload { buf, ref mut got, .. } = connection.state else { return None };
-        let len = request.len as usize;
+        let len = usize::try_from(request.len).expect("a write fits one payload");
         *got += connection.staging.move_to(&mut io.buffers, len - *got, buf, skip + *got);
         if *got < len {
             return None;
         }
         connection.state = State::Header;
-        let aligned = skip == 0 && u64::from(request.len).is_multiple_of(block);
+        let aligned = skip == 0 && request.len.is_multiple_of(block);
         let content = io.buffers.bytes(buf);
         let payload = Payload {
             buf,
@@ -401,29 +421,39 @@ impl Clients {
             panic!("the core answers a request twice or one that it never had: {conn:?} {cookie:?}");
         };
         if request.rest > 0 && result.is_ok() {
-            let done = u64::from(request.front.len) - request.rest;
+            let done = request.front.len - request.rest;
             let len = request.rest.min(ZERO_PIECE_LEN);
             request.rest -= len;
             let (offset, fua) = (request.front.offset + done, request.front.fua);
             return Some(ClientRequest { conn, cookie, op: ClientOp::Zero, offset, len, fua });
         }
         let request = connection.requests.remove(&cookie).expect("was found just above");
-        connection.answer(request.front, result.map(|_| ()));
+        let (front, reserved) = (request.front, request.reserved);
         match result {
-            Ok(ReplyData::Read { buf, skip, len }) => {
-                assert_eq!(
-                    (request.front.op, len),
-                    (FrontOp::Read, request.front.len),
-                    "read data as asked for"
-                );
-                io.buffers.charge(buf, request.reserved);
-                connection.outgoing.push_buffer(&mut io.buffers, buf, skip as usize, len as usize);
+            Ok(ReplyData::Read { buf, skip, len, zero }) => {
+                assert_eq!((front.op, u64::from(len)), (FrontOp::Read, front.len), "read data as asked for");
+                if zero && connection.protocol.can_say_zeroes() {
+                    io.buffers.unreserve(reserved);
+                    connection.answer(front, Answer::Zeroes);
+                } else {
+                    io.buffers.charge(buf, reserved);
+                    connection.answer(front, Answer::Data);
+                    connection.outgoing.push_buffer(&mut io.buffers, buf, skip as usize, len as usize);
+                }
+            }
+            Ok(ReplyData::Extents(extents)) => {
+                assert_eq!(front.op, FrontOp::BlockStatus, "extents for a request that asked for them");
+                connection.answer_extents(io, &mut self.status, front, reserved, &extents);
             }
             Ok(ReplyData::None) => {
-                assert_ne!(request.front.op, FrontOp::Read, "a read is answered with data");
-                io.buffers.unreserve(request.reserved);
+                assert!(!front.op.wants_data(), "{:?} is answered with data", front.op);
+                io.buffers.unreserve(reserved);
+                connection.answer(front, Answer::Done);
             }
-            Err(_) => io.buffers.unreserve(request.reserved),
+            Err(error) => {
+                io.buffers.unreserve(reserved);
+                connection.answer(front, Answer::Error(error));
+            }
         }
         connection.list(conn, &mut self.to_flush);
         None
@@ -490,7 +520,7 @@ impl Clients {
             State::Header if connection.unanswered < REQUESTS_MAX => None,
             State::Draining { .. } => None,
             State::Payload { request, buf, got } => {
-                let left = request.len as usize - got;
+                let left = usize::try_from(request.len).expect("a write fits one payload") - got;
                 let skip = request.offset as usize % block;
                 connection.staging.bypass(left).then_some(Span { buf, start: skip + got, len: left })
             }
@@ -517,7 +547,7 @@ impl Clients {
         let conn = *self.waiting.front()?;
         let State::Waiting(request) = self.connections.get(&conn)?.state else { return None };
         let free = super::buffers::BUFFER_BYTES_MAX - io.buffers.client_bytes();
-        (self.span_len(request) <= free).then_some(conn)
+        (self.share(request) <= free).then_some(conn)
     }
 
     /// When the next connection will have been unread, or stalled while others wait, for too long.
@@ -605,14 +635,35 @@ impl Connection {
         let cookie = Cookie(self.next_cookie);
         self.next_cookie += 1;
         self.requests.insert(cookie, Request { front, reserved, rest });
-        let len = u64::from(front.len) - rest;
+        let len = front.len - rest;
         Next::Request(ClientRequest { conn, cookie, op, offset: front.offset, len, fua: front.fua })
     }
 
-    /// Appends the header of an answer.
-    fn answer(&mut self, front: FrontRequest, result: Result<(), ClientError>) {
+    /// Appends an answer, or what goes before the data of one.
+    fn answer(&mut self, front: FrontRequest, answer: Answer<'_>) {
         let protocol = &mut self.protocol;
-        self.outgoing.push_head(|out| protocol.reply(&front, result, out));
+        self.outgoing.push_head(|out| protocol.reply(&front, answer, out));
         self.outgoing.count_answer();
+    }
+
+    /// Appends the answer to a request for the block status, in a buffer that carries its share of the client
+    /// bytes until it is sent. `scratch` is empty before and after.
+    fn answer_extents(
+        &mut self,
+        io: &mut Io,
+        scratch: &mut Vec<u8>,
+        front: FrontRequest,
+        reserved: u64,
+        extents: &[Extent],
+    ) {
+        self.protocol.reply(&front, Answer::Extents(extents), scratch);
+        assert!(scratch.len() as u64 <= STATUS_LEN_MAX, "a block status of {} bytes", scratch.len());
+        let buf = io.buffers.alloc(scratch.len());
+        io.buffers.charge(buf, reserved);
+        io.buffers.bytes_mut(buf)[..scratch.len()].copy_from_slice(scratch);
+        self.outgoing.push_buffer(&mut io.buffers, buf, 0, scratch.len());
+        self.outgoing.count_answer();
+        io.buffers.release(buf);
+        scratch.clear();
     }
 }

@@ -17,12 +17,15 @@ use std::rc::Rc;
 
 use rustix::fs::OFlags;
 
-use crate::replica::{DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskRequest, DiskResult};
+use crate::replica::{
+    DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskRequest, DiskResult, EXTENTS_MAX, Stretch,
+};
 use crate::rising_map::RisingMap;
 use crate::types::{BlockRange, Geometry};
 use crate::wire::{BLOCK_HASH_LEN, BlockHash, BufId, Payload};
 
 use super::buffers::{ALIGN, Buffers};
+use super::holes::Holes;
 use super::open::{OpenFile, VolumeFiles};
 use super::ring::{Io, Span, Token};
 
@@ -266,11 +269,32 @@ impl Disk {
                 let zero = Zero { at, len, durable, step: ZeroStep::Punch };
                 Operation::Zero(if self.data.punch { zero } else { zero.by_writing(io) })
             }
+            DiskOp::Extents { blocks } => {
+                let result = DiskResult::Extents(self.stretches(blocks));
+                self.finished.push_back(DiskDone { id, result: Ok(result) });
+                return;
+            }
             DiskOp::Flush => Operation::Flush,
             DiskOp::MetaWrite { offset, bytes } => Operation::Write(meta_write(io, offset, &bytes)),
         };
         self.operations.insert(id, operation);
         self.issue(io, id);
+    }
+
+    /// Where the data object has holes. io_uring has no such operation; the file system answers from its own
+    /// index, mostly out of memory.
+    fn stretches(&self, blocks: BlockRange) -> Vec<Stretch> {
+        let (at, len) = self.place(blocks);
+        let block = u64::from(self.geometry.block_size());
+        let mut holes = Holes { file: &self.data.file, at, end: at + len };
+        let mut found = Vec::new();
+        while found.len() < EXTENTS_MAX
+            && let Some((end, hole)) = holes.next_stretch(block)
+        {
+            found.push(Stretch { count: (end - holes.at) / block, hole });
+            holes.at = end;
+        }
+        found
     }
 
     fn edges(&self, io: &mut Io, buf: BufId, blocks: BlockRange, head: usize, tail: usize) -> Edges {

@@ -14,6 +14,7 @@
 //! alarm     timers that end the ring's waits
 //! buffers   aligned, pooled, counted memory
 //! open      making, locking and checking the files, before the thread starts
+//! holes     where the data object has holes
 //! ```
 //!
 //! Never does: deciding anything about replication, speaking NBD, blocking the volume's thread.
@@ -27,6 +28,7 @@ mod core;
 mod disk;
 mod error;
 mod handle;
+mod holes;
 mod open;
 mod outgoing;
 mod peers;
@@ -38,7 +40,7 @@ mod volume;
 mod tests;
 
 pub use self::core::Core;
-pub use client::{ClientFrame, ClientProtocol, FrontOp, FrontRequest};
+pub use client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
 pub use error::ReactorError;
 pub use handle::{
     CONNECTIONS_WAITING_MAX, CommandReply, ForceReply, ReactorOptions, UNREAD_MAX, VolumeHandle, VolumeHooks,

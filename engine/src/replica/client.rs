@@ -172,6 +172,10 @@ impl Replica {
             primary.flush_queue.push(id);
             return;
         }
+        if matches!(op.request.op, ClientOp::Extents) {
+            self.begin_extents(id);
+            return;
+        }
         let read = matches!(op.request.op, ClientOp::Read);
         let exclusive = read == mutated(Mutation::ReorderOverlapping);
         let blocks = if read && mutated(Mutation::R8) { BlockRange::default() } else { op.blocks };
@@ -198,7 +202,7 @@ impl Replica {
             (Stage::Repair, _) => self.ask_for_repair(id),
             (_, ClientOp::Read) => self.begin_read(id),
             (_, ClientOp::Write(_) | ClientOp::Zero) => self.begin_write(id),
-            (_, ClientOp::Flush) => unreachable!("a flush takes no range lock"),
+            (_, op @ (ClientOp::Flush | ClientOp::Extents)) => unreachable!("{op:?} takes no range lock"),
         }
     }
 
@@ -214,8 +218,8 @@ impl Replica {
         }
         let acked_write = result.is_ok() && matches!(op.request.op, ClientOp::Write(_) | ClientOp::Zero);
         let let_in = op.lock.map(|lock| primary.locks.release(lock)).unwrap_or_default();
-        let buf = match result {
-            Ok(ReplyData::Read { buf, .. }) => Some(buf),
+        let buf = match &result {
+            Ok(ReplyData::Read { buf, .. }) => Some(*buf),
             _ => None,
         };
         let (conn, cookie) = (op.request.conn, op.request.cookie);
@@ -245,9 +249,12 @@ impl Replica {
         // The state belongs to one reign, so every answer in it is of the reign in which it started.
         while let Some(held) = self.primary.as_mut().and_then(|p| p.held.pop_front()) {
             self.writes_acked += u64::from(held.acked_write);
+            let buf = held.buf;
             let Held { conn, cookie, result, .. } = held;
             self.out.push_back(Output::Reply { conn, cookie, result });
-            self.release_held_buffer(&held);
+            if let Some(buf) = buf {
+                self.release(buf);
+            }
         }
     }
 

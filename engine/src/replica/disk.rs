@@ -34,6 +34,7 @@ pub(super) enum Purpose {
     Meta(MetaWrite),
     Flush,
     ClientRead(OpId),
+    Extents(OpId),
     /// Read of what a repair is to mend: it may be readable.
     RepairRead(OpId),
     /// The `n`-th planned part of the request.
@@ -54,6 +55,7 @@ impl Purpose {
             self,
             Self::Flush
                 | Self::ClientRead(_)
+                | Self::Extents(_)
                 | Self::ZeroBuffer(..)
                 | Self::FillEdges(..)
                 | Self::LocalWrite(_)
@@ -168,6 +170,7 @@ impl Replica {
                 )),
             },
             Purpose::ClientRead(op) => self.client_read_done(op, result),
+            Purpose::Extents(op) => self.extents_done(op, result),
             Purpose::RepairRead(op) => self.repair_read_done(op, result),
             Purpose::ZeroBuffer(op, part) => self.zero_buffer_done(op, part, result),
             Purpose::FillEdges(op, part) => self.edges_filled(op, part, result),

@@ -15,7 +15,7 @@ use std::fmt;
 
 use crate::rising_map::rising;
 use crate::types::{
-    BlockRange, Epoch, Incarnation, Nanos, NodeId, Proposal, Reign, ReplicaStatus, ResyncProgress,
+    BlockRange, Epoch, Extent, Incarnation, Nanos, NodeId, Proposal, Reign, ReplicaStatus, ResyncProgress,
 };
 use crate::wire::{BlockHash, BufId, Payload, PeerMsg, SessionId};
 
@@ -42,6 +42,8 @@ pub enum ClientOp {
     Flush,
     /// Write zeroes (trim and write-zeroes are the same here: both read back as zeroes).
     Zero,
+    /// Say which parts are holes, and which a missing replica lacks.
+    Extents,
 }
 
 /// One request. The driver has checked that the range lies within the volume it announced.
@@ -85,7 +87,7 @@ pub enum ClientError {
 }
 
 /// What a successful reply carries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReplyData {
     /// Nothing.
     None,
@@ -97,7 +99,12 @@ pub enum ReplyData {
         skip: u32,
         /// Wanted bytes.
         len: u32,
+        /// All of them are known to be zero.
+        zero: bool,
     },
+    /// From the request's first byte on, one after the other; at most [`EXTENTS_MAX`](super::EXTENTS_MAX), and
+    /// at least one. They may end before the request does.
+    Extents(Vec<Extent>),
 }
 
 /// Names one disk operation; never reused within an incarnation.
@@ -159,6 +166,11 @@ pub enum DiskOp {
         /// On stable storage before completion.
         durable: bool,
     },
+    /// Find the holes: parts that take no space and read as zeroes. Completes with [`DiskResult::Extents`].
+    Extents {
+        /// Where.
+        blocks: BlockRange,
+    },
     /// Flush the data object.
     Flush,
     /// Write metadata: whole 4 KiB groups at a 4 KiB offset of the metadata file, on stable storage
@@ -189,6 +201,15 @@ impl fmt::Display for DiskErrorKind {
     }
 }
 
+/// Blocks that are all holes, or not known to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stretch {
+    /// Blocks; not 0.
+    pub count: u64,
+    /// They take no space and read as zeroes.
+    pub hole: bool,
+}
+
 /// A finished disk operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskDone {
@@ -212,6 +233,9 @@ pub enum DiskResult {
         /// One hash per block if asked for, else empty.
         hashes: Vec<BlockHash>,
     },
+    /// The blocks asked about, from the first one on, at most [`EXTENTS_MAX`](super::EXTENTS_MAX) stretches and at
+    /// least one. They may end before the blocks do.
+    Extents(Vec<Stretch>),
     /// The edges are filled; checksum of the whole buffer.
     Filled {
         /// CRC-32 of the whole buffer.

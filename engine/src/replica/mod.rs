@@ -17,7 +17,7 @@
 //! | `io` | inputs and outputs |
 //! | `range_lock`, `meta_store`, `intent`, `suspects`, `flusher` | the pieces, each testable alone |
 //! | `config`, `takeover`, `membership`, `hold` | roles, promotion, who is in sync, planned changes |
-//! | `client`, `write`, `read`, `flush` | the primary's request path |
+//! | `client`, `write`, `read`, `extents`, `flush` | the primary's request path |
 //! | `follow`, `join` | the secondary's and the resync target's side |
 //! | `resync`, `chunk` | the source's side of resync and reconciliation |
 //! | `disk`, `peer` | dispatch of completions and messages |
@@ -30,6 +30,7 @@ mod chunk;
 mod client;
 mod config;
 mod disk;
+mod extents;
 mod flush;
 mod flusher;
 mod follow;
@@ -66,9 +67,10 @@ use crate::types::{
 };
 use crate::wire::{BaseContent, BufId, PeerMsg, SessionId};
 
+pub use extents::EXTENTS_MAX;
 pub use io::{
     ClientError, ClientInput, ClientOp, ClientRequest, ConnId, Cookie, DiskDone, DiskErrorKind, DiskOp,
-    DiskOpId, DiskRequest, DiskResult, Event, Lease, Output, PeerInput, ReplyData,
+    DiskOpId, DiskRequest, DiskResult, Event, Lease, Output, PeerInput, ReplyData, Stretch,
 };
 
 use disk::DiskBook;

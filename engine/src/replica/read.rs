@@ -111,21 +111,21 @@ impl Replica {
         let known = self.primary.as_ref().is_some_and(|p| p.ops.contains_key(&id));
         match result {
             result if !known => self.discard_read(result),
-            Ok(DiskResult::Read { payload, .. }) => self.answer_read(id, payload),
+            Ok(DiskResult::Read { payload, all_zero, .. }) => self.answer_read(id, payload, all_zero),
             Ok(other) => panic!("a read completed with {other:?}"),
             Err(_) if mutated(Mutation::R20) => self.finish(id, Err(ClientError::Io)),
             Err(_) => self.begin_read_repair(id),
         }
     }
 
-    fn answer_read(&mut self, id: OpId, payload: Payload) {
+    fn answer_read(&mut self, id: OpId, payload: Payload, zero: bool) {
         let block_size = u64::from(self.geometry.block_size());
         let Some(primary) = &self.primary else { return };
         let request = &primary.ops[&id].request;
         let skip = u32::try_from(request.offset % block_size).expect("less than a block");
         let len = u32::try_from(request.len).expect("a request is no longer than a payload");
         assert!(skip + len <= payload.len, "a read brought less than was asked for");
-        self.finish(id, Ok(ReplyData::Read { buf: payload.buf, skip, len }));
+        self.finish(id, Ok(ReplyData::Read { buf: payload.buf, skip, len, zero }));
     }
 
     /// Trades the shared lock for the exclusive one; what waits in between comes first.
@@ -364,7 +364,7 @@ impl Replica {
         }
         self.event(Event::Repaired { blocks });
         if whole {
-            return self.answer_read(id, payload);
+            return self.answer_read(id, payload, false);
         }
         self.release(payload.buf);
         self.piece_mended(id);

@@ -6,12 +6,14 @@
 //! these types and nowhere else.
 
 mod config;
+mod extent;
 mod geometry;
 mod ids;
 mod proposal;
 mod status;
 
 pub use config::{ConfigView, Durability, LineageFork, Member, ReplicaView, VolumeSettings, shared_epoch};
+pub use extent::Extent;
 pub use geometry::{
     BLOCK_SIZE_DEFAULT, BlockIndex, BlockRange, ByteRange, Geometry, GeometryError, REGION_SIZE_DEFAULT,
     RegionIndex, VOLUME_SIZE_MAX,

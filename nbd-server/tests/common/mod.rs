@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use blkrepl_engine::reactor::client::{ClientFrame, ClientProtocol, FrontOp, FrontRequest};
+use blkrepl_engine::reactor::client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
+use blkrepl_engine::types::Extent;
 use blkrepl_nbd::{
     Attached, ClientOptions, ExportInfo, ExportRefusal, Exports, ListenAddr, NbdClient, NbdUri, Server,
     ServerOptions,
@@ -107,14 +108,11 @@ impl Connection {
             }
             let ClientFrame::Request(request) = self.protocol.parse(&header) else { return };
             let mut payload = Vec::new();
-            if request.op == FrontOp::Write {
-                let len = u64::from(request.len);
-                if request.error.is_some() {
-                    // Drained in small pieces, as a server with bounded memory does.
-                    std::io::copy(&mut (&self.socket).take(len), &mut std::io::sink()).unwrap();
-                } else {
-                    (&self.socket).take(len).read_to_end(&mut payload).unwrap();
-                }
+            if request.error.is_some() {
+                // Drained in small pieces, as a server with bounded memory does.
+                std::io::copy(&mut (&self.socket).take(request.payload), &mut std::io::sink()).unwrap();
+            } else {
+                (&self.socket).take(request.payload).read_to_end(&mut payload).unwrap();
             }
             self.held.push((request, payload));
             let keep = match self.volume.manner {
@@ -137,15 +135,23 @@ impl Connection {
     fn answer(&mut self, request: FrontRequest, payload: &[u8]) -> std::io::Result<()> {
         let mut out = Vec::new();
         if let Some(error) = request.error {
-            self.protocol.reply(&request, Err(error), &mut out);
+            self.protocol.reply(&request, Answer::Error(error), &mut out);
             return self.socket.write_all(&out);
         }
-        self.protocol.reply(&request, Ok(()), &mut out);
         self.volume.fuas.fetch_add(u64::from(request.fua), Ordering::Relaxed);
         let start = usize::try_from(request.offset).unwrap();
-        let range = start..start + request.len as usize;
+        let range = start..start + usize::try_from(request.len).unwrap();
         match request.op {
-            FrontOp::Read => out.extend_from_slice(&self.volume.data.lock().unwrap()[range]),
+            FrontOp::Read => {
+                self.protocol.reply(&request, Answer::Data, &mut out);
+                out.extend_from_slice(&self.volume.data.lock().unwrap()[range]);
+                return self.socket.write_all(&out);
+            }
+            FrontOp::BlockStatus => {
+                let extents = extents(start, &self.volume.data.lock().unwrap()[range]);
+                self.protocol.reply(&request, Answer::Extents(&extents), &mut out);
+                return self.socket.write_all(&out);
+            }
             FrontOp::Write => self.volume.data.lock().unwrap()[range].copy_from_slice(payload),
             FrontOp::Trim | FrontOp::WriteZeroes => self.volume.data.lock().unwrap()[range].fill(0),
             FrontOp::Cache => {}
@@ -153,8 +159,26 @@ impl Connection {
                 self.volume.flushes.fetch_add(1, Ordering::Relaxed);
             }
         }
+        self.protocol.reply(&request, Answer::Done, &mut out);
         self.socket.write_all(&out)
     }
+}
+
+/// Blocks of zeroes are holes; those at odd MiB are dirty. Not the whole answer, if there are many.
+fn extents(start: usize, bytes: &[u8]) -> Vec<Extent> {
+    let states = bytes.chunks(4096).enumerate().map(|(n, block)| {
+        let (hole, dirty) = (block.iter().all(|byte| *byte == 0), (start / 4096 + n) / 256 % 2 == 1);
+        Extent { len: block.len() as u64, hole, dirty }
+    });
+    let mut out: Vec<Extent> = Vec::new();
+    for next in states {
+        match out.last_mut() {
+            Some(last) if (last.hole, last.dirty) == (next.hole, next.dirty) => last.len += next.len,
+            _ => out.push(next),
+        }
+    }
+    out.truncate(64);
+    out
 }
 
 /// A server on a unix socket and a TCP port, with a runtime of its own.

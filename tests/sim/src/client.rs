@@ -258,6 +258,7 @@ impl World {
             (OpKind::Write, Some(tags)) => ClientOp::Write(n.new_buf(Tags::new(tags))),
             (OpKind::Zero, _) => ClientOp::Zero,
             (OpKind::Flush, _) => ClientOp::Flush,
+            _ if asks_for_extents(op) => ClientOp::Extents,
             _ => ClientOp::Read,
         };
         let request = ClientRequest {
@@ -283,10 +284,15 @@ impl World {
         let op = at(cookie.0);
         let Some(client) = self.node_ref(id).clients.get(&conn).copied() else { return };
         let values = match result {
-            Ok(ReplyData::Read { buf, skip, len }) => {
+            Ok(ReplyData::Read { buf, skip, len, .. }) => {
                 let tags = self.node_ref(id).tags(buf);
                 let skip = at(u64::from(skip) / SECTOR);
                 Ok(tags[skip..skip + at(u64::from(len) / SECTOR)].to_vec())
+            }
+            Ok(ReplyData::Extents(extents)) => {
+                let len = self.history.op(op).count;
+                let hole = extents.first().is_some_and(|e| e.hole && e.len == len * SECTOR);
+                Ok(if hole { vec![0; at(len)] } else { Vec::new() })
             }
             Ok(ReplyData::None) => Ok(Vec::new()),
             Err(error) => Err(error),
@@ -329,7 +335,12 @@ impl World {
             Ok(values) => {
                 self.stats.answered += 1;
                 self.stats.flushes += u64::from(kind == OpKind::Flush);
-                self.history.answered(op, released, values);
+                if kind == OpKind::Read && values.is_empty() {
+                    // It was told that there is data, but not what.
+                    self.history.given_up(op);
+                } else {
+                    self.history.answered(op, released, values);
+                }
             }
             // What a failed write left behind is open; the client does it again.
             Err(_) => {
@@ -369,6 +380,11 @@ impl World {
             self.queue.push(at, Event::Client(client, event));
         }
     }
+}
+
+/// Some reads are requests for the block status: where all is a hole, zeroes were read.
+fn asks_for_extents(op: usize) -> bool {
+    op % 8 == 3
 }
 
 /// Tags of whole blocks for a write of sectors: what the client did not give is filled from the disk.

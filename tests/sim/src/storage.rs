@@ -1,6 +1,6 @@
 //! Disk requests from issue to completion, with what goes wrong in between.
 
-use blkrepl_engine::replica::{DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskRequest, DiskResult};
+use blkrepl_engine::replica::{DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskRequest, DiskResult, Stretch};
 use blkrepl_engine::types::{BlockIndex, BlockRange, NodeId};
 
 use crate::clock::{Time, US};
@@ -102,6 +102,13 @@ impl World {
             }
             DiskOp::Write { blocks, durable, .. } | DiskOp::Zero { blocks, durable } => {
                 self.write_data(id, *blocks, pending.tags.as_ref().map(|t| t.as_slice()), *durable)
+            }
+            DiskOp::Extents { blocks } => {
+                let tags = self.node(id).disk.read(*blocks);
+                let blocks: Vec<bool> = tags.chunks(at(SECTORS)).map(|b| b.iter().all(|t| *t == 0)).collect();
+                let runs = blocks.chunk_by(|a, b| a == b);
+                let found = runs.map(|run| Stretch { count: run.len() as u64, hole: run[0] }).collect();
+                Ok(DiskResult::Extents(found))
             }
             DiskOp::Flush => self.flush(id, pending),
             DiskOp::MetaWrite { offset, bytes } => {

@@ -317,7 +317,7 @@ fn requests_that_end_with_their_connection_give_their_client_bytes_back() {
     bench.clients.close(&mut bench.io, conn, "test");
     assert_eq!(bench.io.buffers.client_bytes(), 4096, "the write's buffer is the core's until it lets go");
     let late = bench.io.buffers.alloc(4 << 20);
-    let data = ReplyData::Read { buf: late, skip: 0, len: 4 * MIB };
+    let data = ReplyData::Read { buf: late, skip: 0, len: 4 * MIB, zero: false };
     assert!(bench.clients.reply(&mut bench.io, conn, read.cookie, Ok(data)).is_none(), "dropped");
     bench.io.buffers.release(late);
     bench.io.buffers.release(payload.buf);

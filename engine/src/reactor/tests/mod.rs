@@ -22,7 +22,7 @@ use super::*;
 use crate::meta::Superblock;
 use crate::replica::{
     ClientError, ClientInput, ClientOp, ClientRequest, DiskDone, DiskOp, DiskOpId, DiskRequest, DiskResult,
-    Event, Lease, Output, PeerInput, ReplyData,
+    Event, Lease, Output, PeerInput, ReplyData, Stretch,
 };
 use crate::types::*;
 use crate::wire::{BaseContent, BufId, PeerMsg, SessionId};
@@ -104,6 +104,10 @@ impl TestCore {
                 self.disk(DiskOp::Read { blocks, hash: false }, Doing::Client(request));
             }
             ClientOp::Flush => self.disk(DiskOp::Flush, Doing::Client(request)),
+            ClientOp::Extents => {
+                let blocks = self.blocks(&request);
+                self.disk(DiskOp::Extents { blocks }, Doing::Client(request));
+            }
             ClientOp::Zero => {
                 let blocks = self.blocks(&request);
                 self.disk(DiskOp::Zero { blocks, durable }, Doing::Client(request));
@@ -129,10 +133,14 @@ impl TestCore {
     fn finish_client(&mut self, request: ClientRequest, result: Result<DiskResult, ClientError>) {
         let skip = u32::try_from(request.offset % 4096).unwrap();
         match (request.op, result) {
-            (ClientOp::Read, Ok(DiskResult::Read { payload, .. })) => {
+            (ClientOp::Read, Ok(DiskResult::Read { payload, all_zero: zero, .. })) => {
                 let (buf, len) = (payload.buf, u32::try_from(request.len).unwrap());
-                self.reply(&request, Ok(ReplyData::Read { buf, skip, len }));
+                self.reply(&request, Ok(ReplyData::Read { buf, skip, len, zero }));
                 self.outputs.push_back(Output::Release(buf));
+            }
+            (ClientOp::Extents, Ok(DiskResult::Extents(found))) => {
+                let extent = |s: Stretch| Extent { len: s.count * 4096, hole: s.hole, dirty: false };
+                self.reply(&request, Ok(ReplyData::Extents(found.into_iter().map(extent).collect())));
             }
             (op, result) => {
                 self.reply(&request, result.map(|_| ReplyData::None));
@@ -340,15 +348,17 @@ impl ClientProtocol for Toy {
         };
         let len = u32::from_le_bytes(header[18..22].try_into().unwrap());
         let (handle, offset, fua) = (number(2), number(10), header[1] == 1);
-        ClientFrame::Request(FrontRequest { handle, op, offset, len, fua, error: None })
+        let len = u64::from(len);
+        let payload = if op == FrontOp::Write { len } else { 0 };
+        ClientFrame::Request(FrontRequest { handle, op, offset, len, payload, fua, error: None })
     }
 
-    fn reply(&mut self, request: &FrontRequest, result: Result<(), ClientError>, out: &mut Vec<u8>) {
+    fn reply(&mut self, request: &FrontRequest, answer: Answer<'_>, out: &mut Vec<u8>) {
         out.extend_from_slice(&request.handle.to_le_bytes());
-        out.push(match result {
-            Ok(()) => 0,
-            Err(ClientError::Invalid) => 1,
-            Err(_) => 2,
+        out.push(match answer {
+            Answer::Error(ClientError::Invalid) => 1,
+            Answer::Error(_) => 2,
+            _ => 0,
         });
     }
 }

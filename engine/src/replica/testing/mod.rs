@@ -12,6 +12,7 @@ mod history;
 mod power;
 mod random;
 mod scenarios;
+mod scenarios_extents;
 mod scenarios_faults;
 mod scenarios_force;
 mod scenarios_refusals;

@@ -82,7 +82,8 @@ fn request(world: &mut World, primary: crate::types::NodeId, blocks: u64) {
     let fua = world.rng.chance(10);
     match world.rng.below(10) {
         0 => world.flush(primary),
-        1..=2 => world.read(primary, block),
+        1 => world.read(primary, block),
+        2 => world.extents(primary),
         3..=4 => {
             let offset = block * BLOCK + 512 * world.rng.below(8);
             let len = (512 * (1 + world.rng.below(24))).min(blocks * BLOCK - offset);

@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use crate::meta::{DataIdentity, Image, Superblock};
 use crate::types::{
-    BlockIndex, BlockRange, ClusterId, ConfigView, Epoch, Geometry, Incarnation, LineageId, LogIndex, Member,
-    Nanos, NodeId, Proposal, ProposalId, ProposalOutcome, Reign, ReplicaSlot, ReplicaView, VolumeId,
+    BlockIndex, BlockRange, ClusterId, ConfigView, Epoch, Extent, Geometry, Incarnation, LineageId, LogIndex,
+    Member, Nanos, NodeId, Proposal, ProposalId, ProposalOutcome, Reign, ReplicaSlot, ReplicaView, VolumeId,
     VolumeSettings,
 };
 use crate::wire::{BaseContent, BufId, Payload, PeerMsg, SessionId};
 
 use super::super::io::{
     ClientInput, ClientOp, ClientRequest, ConnId, Cookie, DiskDone, DiskErrorKind, DiskOp, DiskOpId,
-    DiskRequest, DiskResult, Event, Lease, Output, PeerInput, ReplyData,
+    DiskRequest, DiskResult, Event, Lease, Output, PeerInput, ReplyData, Stretch,
 };
 use super::super::{Boot, Replica};
 use super::history::{Change, Flushable, mixed};
@@ -76,6 +76,7 @@ pub(super) struct Buf {
 pub(super) enum Asked {
     Write(Vec<(u64, Change)>),
     Read { first: u64 },
+    Extents { first: u64 },
     Flush(Flushable),
 }
 
@@ -150,6 +151,8 @@ pub(in super::super) struct World {
     pub(in super::super) sent: BTreeMap<&'static str, u64>,
     pub(in super::super) acked_writes: u64,
     pub(in super::super) acked_flushes: u64,
+    /// The last block status that a client was told.
+    pub(in super::super) extents: Vec<Extent>,
     /// Clients may be told of errors: a disk of the only replica fails.
     pub(in super::super) errors_allowed: bool,
 }
@@ -199,6 +202,7 @@ impl World {
             sent: BTreeMap::new(),
             acked_writes: 0,
             acked_flushes: 0,
+            extents: Vec::new(),
             errors_allowed: false,
         };
         for n in 1..=options.replicas {
@@ -424,13 +428,16 @@ impl World {
             }
             Output::Send(session, msg) => self.send(id, session, msg),
             Output::Reply { conn, cookie, result } => {
-                let tags = match result {
+                let tags = match &result {
                     Ok(ReplyData::Read { buf, .. }) => Some(n.bufs[&buf.0].tags.clone()),
                     _ => None,
                 };
                 if let Some(asked) = n.asked.remove(&(conn, cookie)) {
                     assert!(result.is_ok() || self.errors_allowed, "{id} answers {asked:?} with {result:?}");
                     match (result, asked) {
+                        (Ok(ReplyData::Extents(extents)), Asked::Extents { first }) => {
+                            self.extents_answered(id, first, extents);
+                        }
                         (Ok(_), asked) => self.answered(id, asked, tags),
                         // What a failed write left behind is open.
                         (Err(_), Asked::Write(changes)) => {
@@ -560,6 +567,23 @@ impl World {
         self.ask(id, ClientOp::Read, (first * BLOCK, count * BLOCK), false, Asked::Read { first });
     }
 
+    /// Asks for the block status of the whole volume.
+    pub(in super::super) fn extents(&mut self, id: NodeId) {
+        let len = self.config.geometry.size();
+        self.ask(id, ClientOp::Extents, (0, len), false, Asked::Extents { first: 0 });
+    }
+
+    /// Holes are said to read as zeroes: that must be what a read may see.
+    fn extents_answered(&mut self, id: NodeId, first: u64, extents: Vec<Extent>) {
+        let blocks = extents.iter().flat_map(|e| (0..e.len / BLOCK).map(|_| *e));
+        for (block, extent) in (first..).zip(blocks) {
+            if extent.hole {
+                self.history.read(block, 0, &id.to_string());
+            }
+        }
+        self.extents = extents;
+    }
+
     pub(in super::super) fn flush(&mut self, id: NodeId) {
         let sent = self.history.flush_sent();
         self.ask(id, ClientOp::Flush, (0, 0), false, Asked::Flush(sent));
@@ -590,6 +614,7 @@ impl World {
                     self.history.read(block, value, &id.to_string());
                 }
             }
+            Asked::Extents { .. } => panic!("a block status is answered with extents"),
             Asked::Flush(sent) => {
                 self.acked_flushes += 1;
                 self.history.flush_acked(&sent);
@@ -702,6 +727,11 @@ impl World {
                 n.disk.bad.retain(|b| for_good || !blocks.contains(BlockIndex(*b)));
                 self.land(id, op);
                 Ok(DiskResult::Done)
+            }
+            DiskOp::Extents { blocks } => {
+                let at = usize::try_from(blocks.start.0).unwrap();
+                let tags = &n.disk.data[at..][..usize::try_from(blocks.count).unwrap()];
+                Ok(DiskResult::Extents(holes_of(tags)))
             }
             DiskOp::Flush => {
                 if n.disk.flush_error {
@@ -841,6 +871,12 @@ fn blocks_of(offset: u64, len: u64) -> impl Iterator<Item = (u64, bool)> {
     let end = offset + len;
     let whole = move |block: u64| offset <= block * BLOCK && (block + 1) * BLOCK <= end;
     (offset / BLOCK..end.div_ceil(BLOCK)).map(move |block| (block, whole(block)))
+}
+
+/// Blocks of zeroes are holes.
+fn holes_of(tags: &[u64]) -> Vec<Stretch> {
+    let runs = tags.chunk_by(|a, b| (*a == 0) == (*b == 0));
+    runs.map(|run| Stretch { count: run.len() as u64, hole: run[0] == 0 }).collect()
 }
 
 fn crc_of(tags: &[u64]) -> u32 {
