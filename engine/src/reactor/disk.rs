@@ -18,7 +18,7 @@ use std::rc::Rc;
 use rustix::fs::OFlags;
 
 use crate::replica::{
-    DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskRequest, DiskResult, EXTENTS_MAX, Stretch,
+    Digest, DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskRequest, DiskResult, EXTENTS_MAX, Stretch,
 };
 use crate::rising_map::RisingMap;
 use crate::types::{BlockRange, Geometry};
@@ -73,7 +73,7 @@ enum Step {
 }
 
 enum Operation {
-    Read { transfer: Transfer, hash: bool },
+    Read { transfer: Transfer, digest: Digest },
     Edges(Edges),
     Write(Transfer),
     Zero(Zero),
@@ -238,10 +238,10 @@ impl Disk {
     pub(super) fn start(&mut self, io: &mut Io, request: DiskRequest) {
         let id = request.id;
         let operation = match request.op {
-            DiskOp::Read { blocks, hash } => {
+            DiskOp::Read { blocks, digest } => {
                 let (at, len) = self.place_in_buffer(blocks);
                 let span = Span { buf: io.buffers.alloc(len), start: 0, len };
-                Operation::Read { transfer: Transfer::new(Target::Data, at, span, None), hash }
+                Operation::Read { transfer: Transfer::new(Target::Data, at, span, None), digest }
             }
             DiskOp::FillEdges { buf, blocks, head, tail } => {
                 if head == 0 && tail == 0 {
@@ -254,7 +254,7 @@ impl Disk {
             DiskOp::ZeroBuffer { len } => {
                 let buf = io.buffers.alloc(len as usize);
                 io.buffers.bytes_mut(buf).fill(0);
-                let result = read_result(&io.buffers, buf, len as usize, false);
+                let result = read_result(&io.buffers, buf, len as usize, Digest::Checksum);
                 self.finished.push_back(DiskDone { id, result: Ok(result) });
                 return;
             }
@@ -384,14 +384,14 @@ impl Disk {
         let operation = self.operations.remove(&id).expect("an operation finishes once");
         let buffers = &mut *io.buffers;
         let done = match operation {
-            Operation::Read { transfer, hash } => {
+            Operation::Read { transfer, digest } => {
                 let buf = transfer.span.buf;
                 if failed.is_some() {
                     buffers.release(buf);
                     DiskResult::Done
                 } else {
                     // The reference goes on to the core.
-                    read_result(buffers, buf, transfer.span.len, hash)
+                    read_result(buffers, buf, transfer.span.len, digest)
                 }
             }
             Operation::Edges(edges) => {
@@ -509,15 +509,16 @@ fn meta_write(io: &mut Io, offset: u64, bytes: &[u8]) -> Transfer {
 }
 
 /// Checksum, zero test and hashes of what was read.
-fn read_result(buffers: &Buffers, buf: BufId, len: usize, hash: bool) -> DiskResult {
+fn read_result(buffers: &Buffers, buf: BufId, len: usize, digest: Digest) -> DiskResult {
     let bytes = &buffers.bytes(buf)[..len];
     let payload = Payload {
         buf,
         len: u32::try_from(len).expect("a buffer is at most one payload long"),
-        crc: crc32fast::hash(bytes),
+        crc: if digest == Digest::None { 0 } else { crc32fast::hash(bytes) },
     };
     let all_zero = bytes.chunks(16).all(|chunk| chunk == &[0; 16][..chunk.len()]);
-    let hashes = if hash { bytes.chunks(ALIGN).map(block_hash).collect() } else { Vec::new() };
+    let hashes =
+        if digest == Digest::Hashes { bytes.chunks(ALIGN).map(block_hash).collect() } else { Vec::new() };
     DiskResult::Read { payload, all_zero, hashes }
 }
 

@@ -42,9 +42,11 @@ pub(super) enum Purpose {
     FillEdges(OpId, usize),
     LocalWrite(WriteSeq),
     Incoming(IncomingId),
-    /// Read of a whole chunk.
+    /// Search for holes in blocks of a chunk that travel.
+    ChunkExtents(NodeId, ChunkId, BlockRange),
+    /// Read of a whole chunk, to compare it.
     Chunk(NodeId, ChunkId),
-    /// Read of the blocks of a chunk that differ.
+    /// Read of blocks of a chunk that travel.
     ChunkRun(NodeId, ChunkId, BlockRange),
 }
 
@@ -177,7 +179,10 @@ impl Replica {
             Purpose::LocalWrite(seq) => self.local_write_done(seq, result),
             Purpose::Incoming(id) => self.incoming_done(id, result),
             // What a failed replica reads may be older than what it acknowledged: nobody gets a copy of it.
-            Purpose::Chunk(..) | Purpose::ChunkRun(..) if self.failure.is_some() => self.discard_read(result),
+            Purpose::Chunk(..) | Purpose::ChunkRun(..) | Purpose::ChunkExtents(..) if self.failure.is_some() => {
+                self.discard_read(result);
+            }
+            Purpose::ChunkExtents(node, chunk, run) => self.chunk_extents_found(node, chunk, run, result),
             Purpose::Chunk(node, chunk) => self.chunk_read(node, chunk, result),
             Purpose::ChunkRun(node, chunk, run) => self.chunk_run_read(node, chunk, run, result),
         }

@@ -17,7 +17,7 @@ use crate::wire::{BlockHash, Payload, PeerMsg, PeerReport, Run, RunsKind, Sessio
 use super::Replica;
 use super::disk::{DiskOwner, Purpose};
 use super::flusher::FlushTicket;
-use super::io::{DiskErrorKind, DiskOp, DiskResult, Output};
+use super::io::{Digest, DiskErrorKind, DiskOp, DiskResult, Output};
 use super::join::{Asked, Joining};
 use super::range_lock::LockId;
 
@@ -262,8 +262,8 @@ impl Replica {
             Work::Write { payload: None, durable, .. } => DiskOp::Zero { blocks, durable: *durable },
             Work::Copy { payload: Some(p), .. } => DiskOp::Write { blocks, buf: p.buf, durable: false },
             Work::Copy { payload: None, .. } => DiskOp::Zero { blocks, durable: false },
-            Work::Compare { .. } => DiskOp::Read { blocks, hash: true },
-            Work::Read { .. } => DiskOp::Read { blocks, hash: false },
+            Work::Compare { .. } => DiskOp::Read { blocks, digest: Digest::Hashes },
+            Work::Read { .. } => DiskOp::Read { blocks, digest: Digest::Checksum },
         };
         self.put_disk(op, Purpose::Incoming(id), Some(lock));
     }

@@ -113,6 +113,17 @@ pub struct DiskOpId(pub u64);
 
 rising!(DiskOpId);
 
+/// What is computed from the content of a read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Digest {
+    /// Nothing: it goes to a client, and the payload's checksum is 0.
+    None,
+    /// The payload's checksum: it goes to a peer.
+    Checksum,
+    /// The checksum, and a hash of each block.
+    Hashes,
+}
+
 /// A disk operation with its name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskRequest {
@@ -129,8 +140,8 @@ pub enum DiskOp {
     Read {
         /// Where.
         blocks: BlockRange,
-        /// Also hash every block.
-        hash: bool,
+        /// What to compute from the content.
+        digest: Digest,
     },
     /// Complete a partial write: fill the first `head` and the last `tail` bytes of `buf` with what
     /// the disk holds there. Completes with [`DiskResult::Filled`].
@@ -230,7 +241,7 @@ pub enum DiskResult {
         payload: Payload,
         /// Every byte of it is zero.
         all_zero: bool,
-        /// One hash per block if asked for, else empty.
+        /// One hash per block for [`Digest::Hashes`], else empty.
         hashes: Vec<BlockHash>,
     },
     /// The blocks asked about, from the first one on, at most [`EXTENTS_MAX`](super::EXTENTS_MAX) stretches and at

@@ -69,8 +69,8 @@ use crate::wire::{BaseContent, BufId, PeerMsg, SessionId};
 
 pub use extents::EXTENTS_MAX;
 pub use io::{
-    ClientError, ClientInput, ClientOp, ClientRequest, ConnId, Cookie, DiskDone, DiskErrorKind, DiskOp,
-    DiskOpId, DiskRequest, DiskResult, Event, Lease, Output, PeerInput, ReplyData, Stretch,
+    ClientError, ClientInput, ClientOp, ClientRequest, ConnId, Cookie, Digest, DiskDone, DiskErrorKind,
+    DiskOp, DiskOpId, DiskRequest, DiskResult, Event, Lease, Output, PeerInput, ReplyData, Stretch,
 };
 
 use disk::DiskBook;

@@ -15,7 +15,8 @@ use crate::wire::{Payload, PeerMsg};
 use super::Replica;
 use super::disk::Purpose;
 use super::io::{
-    ClientError, ClientOp, ClientRequest, ConnId, Cookie, DiskErrorKind, DiskOp, DiskResult, Event, ReplyData,
+    ClientError, ClientOp, ClientRequest, ConnId, Cookie, Digest, DiskErrorKind, DiskOp, DiskResult, Event,
+    ReplyData,
 };
 use super::primary::{LockOwner, Op, OpId, Plan, Planned, Primary, Stage};
 
@@ -81,7 +82,7 @@ impl Replica {
         let op = primary.ops.get_mut(&id).expect("a granted request exists");
         op.stage = Stage::Read;
         let blocks = op.blocks;
-        self.put_disk(DiskOp::Read { blocks, hash: false }, Purpose::ClientRead(id), None);
+        self.put_disk(DiskOp::Read { blocks, digest: Digest::None }, Purpose::ClientRead(id), None);
     }
 
     /// Reads blocks for nobody: what can't be read here is then mended as it is for a client [R20]. Does
@@ -198,7 +199,7 @@ impl Replica {
     fn read_for_repair(&mut self, id: OpId) {
         let Some(primary) = &self.primary else { return };
         let Some(repair) = &primary.ops[&id].repair else { return };
-        let op = DiskOp::Read { blocks: repair.blocks, hash: false };
+        let op = DiskOp::Read { blocks: repair.blocks, digest: Digest::None };
         self.put_disk(op, Purpose::RepairRead(id), None);
     }
 

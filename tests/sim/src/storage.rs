@@ -1,7 +1,10 @@
 //! Disk requests from issue to completion, with what goes wrong in between.
 
-use blkrepl_engine::replica::{DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskRequest, DiskResult, Stretch};
+use blkrepl_engine::replica::{
+    Digest, DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskRequest, DiskResult, Stretch,
+};
 use blkrepl_engine::types::{BlockIndex, BlockRange, NodeId};
+use blkrepl_engine::wire::Payload;
 
 use crate::clock::{Time, US};
 use crate::content::{ROT, SECTOR, SECTORS, Tags, at, crc, hashes};
@@ -83,15 +86,16 @@ impl World {
 
     fn carry_out(&mut self, id: NodeId, pending: &Pending) -> Result<DiskResult, DiskErrorKind> {
         match &pending.request.op {
-            DiskOp::Read { blocks, hash } => {
+            DiskOp::Read { blocks, digest } => {
                 let n = self.node(id);
                 if !n.disk.is_readable(*blocks) {
                     return Err(DiskErrorKind::Io);
                 }
                 let tags = Tags::new(n.disk.read(*blocks));
                 let all_zero = tags.iter().all(|t| *t == 0);
-                let hashes = if *hash { hashes(&tags) } else { Vec::new() };
+                let hashes = if *digest == Digest::Hashes { hashes(&tags) } else { Vec::new() };
                 let payload = n.new_buf(tags);
+                let payload = if *digest == Digest::None { Payload { crc: 0, ..payload } } else { payload };
                 Ok(DiskResult::Read { payload, all_zero, hashes })
             }
             DiskOp::FillEdges { buf, blocks, head, tail } => self.fill(id, *buf, *blocks, (*head, *tail)),
@@ -104,9 +108,13 @@ impl World {
                 self.write_data(id, *blocks, pending.tags.as_ref().map(|t| t.as_slice()), *durable)
             }
             DiskOp::Extents { blocks } => {
-                let tags = self.node(id).disk.read(*blocks);
-                let blocks: Vec<bool> = tags.chunks(at(SECTORS)).map(|b| b.iter().all(|t| *t == 0)).collect();
-                let runs = blocks.chunk_by(|a, b| a == b);
+                let disk = &self.node(id).disk;
+                let tags = disk.read(*blocks);
+                let zero = tags.chunks(at(SECTORS)).map(|block| block.iter().all(|t| *t == 0));
+                // What is bad takes space.
+                let good = blocks.iter().map(|start| disk.is_readable(BlockRange { start, count: 1 }));
+                let holes: Vec<bool> = zero.zip(good).map(|(zero, good)| zero && good).collect();
+                let runs = holes.chunk_by(|a, b| a == b);
                 let found = runs.map(|run| Stretch { count: run.len() as u64, hole: run[0] }).collect();
                 Ok(DiskResult::Extents(found))
             }

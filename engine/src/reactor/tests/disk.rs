@@ -73,7 +73,7 @@ impl Bench {
 
     fn read(&mut self, start: u64, end: u64) -> (Vec<u8>, Payload, bool, usize) {
         let blocks = BlockRange::between(start, end);
-        match self.run(DiskOp::Read { blocks, hash: true }).unwrap() {
+        match self.run(DiskOp::Read { blocks, digest: Digest::Hashes }).unwrap() {
             DiskResult::Read { payload, all_zero, hashes } => {
                 let bytes = self.io.buffers.bytes(payload.buf)[..payload.len as usize].to_vec();
                 assert_eq!(payload.crc, crc32fast::hash(&bytes));
@@ -199,7 +199,7 @@ fn a_data_file_that_is_truncated_in_use_is_an_error_and_not_zeroes() {
         bench.write(0, &pattern(1 << 20, 3), false);
         std::fs::OpenOptions::new().write(true).open(paths(&dir).data).unwrap().set_len(10_000).unwrap();
         let blocks = BlockRange::between(0, 8);
-        assert_eq!(bench.run(DiskOp::Read { blocks, hash: false }), Err(DiskErrorKind::Io));
+        assert_eq!(bench.run(DiskOp::Read { blocks, digest: Digest::None }), Err(DiskErrorKind::Io));
         assert_eq!(bench.io.buffers.in_use(), 0);
     }
 }
@@ -232,7 +232,7 @@ fn short_reads_are_continued() {
     let (mut bench, _read_end, mut write_end) = piped(&dir);
     let bytes = pattern(8192, 6);
     let blocks = BlockRange::between(0, 2);
-    let id = bench.start(DiskOp::Read { blocks, hash: false });
+    let id = bench.start(DiskOp::Read { blocks, digest: Digest::None });
     for piece in bytes.chunks(3000) {
         assert!(bench.turn(Duration::from_millis(20)).is_none(), "not complete yet");
         write_end.write_all(piece).unwrap();
@@ -299,4 +299,50 @@ fn a_full_disk_is_told_from_a_broken_one() {
         bench.io.buffers.release(buf);
         assert_eq!(bench.io.buffers.in_use(), 0);
     }
+}
+
+/// Holes of whole blocks, as the file system that the test runs on sees them.
+#[test]
+fn holes_are_found_between_what_was_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bench = Bench::new(files(&dir, 8 << 20, true));
+    let all = BlockRange::between(0, 2048);
+    let stretch = |count, hole| Stretch { count, hole };
+    let found = |found| Ok(DiskResult::Extents(found));
+    assert_eq!(bench.run(DiskOp::Extents { blocks: all }), found(vec![stretch(2048, true)]));
+    bench.write(16, &pattern(64 << 10, 1), false);
+    bench.write(1024, &pattern(64 << 10, 2), false);
+    let holes = vec![
+        stretch(16, true),
+        stretch(16, false),
+        stretch(992, true),
+        stretch(16, false),
+        stretch(1008, true),
+    ];
+    assert_eq!(bench.run(DiskOp::Extents { blocks: all }), found(holes));
+    let part = BlockRange::between(20, 40);
+    assert_eq!(
+        bench.run(DiskOp::Extents { blocks: part }),
+        found(vec![stretch(12, false), stretch(8, true)])
+    );
+    assert_eq!(bench.run(DiskOp::Zero { blocks: part, durable: false }), Ok(DiskResult::Done));
+    let whole = BlockRange::between(0, 1024);
+    let left = vec![stretch(16, true), stretch(4, false), stretch(1004, true)];
+    assert_eq!(bench.run(DiskOp::Extents { blocks: whole }), found(left));
+}
+
+#[test]
+fn a_search_for_holes_ends_after_a_bounded_number() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bench = Bench::new(files(&dir, 8 << 20, true));
+    for n in 0..200 {
+        bench.write(n * 8 + 4, &pattern(4096, 3), false);
+    }
+    let all = BlockRange::between(0, 2048);
+    let Ok(DiskResult::Extents(found)) = bench.run(DiskOp::Extents { blocks: all }) else {
+        panic!("extents")
+    };
+    assert_eq!(found.len(), crate::replica::EXTENTS_MAX);
+    assert!(found.iter().enumerate().all(|(n, s)| s.hole == (n % 2 == 0)));
+    assert!(found.iter().skip(1).step_by(2).all(|s| s.count == 1));
 }

@@ -21,8 +21,8 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::meta::Superblock;
 use crate::replica::{
-    ClientError, ClientInput, ClientOp, ClientRequest, DiskDone, DiskOp, DiskOpId, DiskRequest, DiskResult,
-    Event, Lease, Output, PeerInput, ReplyData, Stretch,
+    ClientError, ClientInput, ClientOp, ClientRequest, Digest, DiskDone, DiskOp, DiskOpId, DiskRequest,
+    DiskResult, Event, Lease, Output, PeerInput, ReplyData, Stretch,
 };
 use crate::types::*;
 use crate::wire::{BaseContent, BufId, PeerMsg, SessionId};
@@ -101,7 +101,7 @@ impl TestCore {
         match request.op {
             ClientOp::Read => {
                 let blocks = self.blocks(&request);
-                self.disk(DiskOp::Read { blocks, hash: false }, Doing::Client(request));
+                self.disk(DiskOp::Read { blocks, digest: Digest::None }, Doing::Client(request));
             }
             ClientOp::Flush => self.disk(DiskOp::Flush, Doing::Client(request)),
             ClientOp::Extents => {
@@ -160,7 +160,7 @@ impl TestCore {
                 self.disk(op, Doing::PeerWrite(session, message, payload.buf));
             }
             PeerMsg::ReadRequest { blocks, .. } => {
-                self.disk(DiskOp::Read { blocks, hash: true }, Doing::PeerRead(session, message));
+                self.disk(DiskOp::Read { blocks, digest: Digest::Hashes }, Doing::PeerRead(session, message));
             }
             PeerMsg::Failed { reason, .. } if reason == "panic" => panic!("asked to"),
             PeerMsg::Failed { reason, .. } => self.outputs.push_back(Output::CloseSession(session, reason)),

@@ -72,3 +72,25 @@ fn r26_no_block_status_leaves_after_the_lease_has_run_out() {
     world.settle();
     assert_eq!(world.waiting(node(1)), 1, "held, not answered");
 }
+
+#[test]
+fn a_resync_reads_no_holes_and_sends_them_as_ranges() {
+    let mut world = two();
+    world.write(node(1), 20, false);
+    world.write(node(1), 21, false);
+    world.run(1);
+    world.crash(node(2));
+    for block in [22, 40] {
+        world.write(node(1), block, false);
+    }
+    world.run(200);
+    world.zero_bytes(node(1), 21 * BLOCK, BLOCK);
+    world.run(2);
+    let before = (world.sent.get("copy").copied(), world.sent.get("copy_zero").copied());
+    assert_eq!(before, (None, None));
+    world.start(node(2));
+    world.run(200);
+    assert!(world.all_in_sync(), "{:#?}", world.summary());
+    assert!(world.sent.get("copy_zero").is_some_and(|n| *n > 0), "{:?}", world.sent);
+    world.converge();
+}

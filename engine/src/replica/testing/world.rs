@@ -12,7 +12,7 @@ use crate::types::{
 use crate::wire::{BaseContent, BufId, Payload, PeerMsg, SessionId};
 
 use super::super::io::{
-    ClientInput, ClientOp, ClientRequest, ConnId, Cookie, DiskDone, DiskErrorKind, DiskOp, DiskOpId,
+    ClientInput, ClientOp, ClientRequest, ConnId, Cookie, Digest, DiskDone, DiskErrorKind, DiskOp, DiskOpId,
     DiskRequest, DiskResult, Event, Lease, Output, PeerInput, ReplyData, Stretch,
 };
 use super::super::{Boot, Replica};
@@ -688,16 +688,20 @@ impl World {
         }
         let n = self.nodes.get_mut(&id).unwrap();
         match op {
-            DiskOp::Read { blocks, hash } => {
+            DiskOp::Read { blocks, digest } => {
                 if blocks.iter().any(|b| n.disk.bad.contains(&b.0)) {
                     return Err(DiskErrorKind::Io);
                 }
                 let at = usize::try_from(blocks.start.0).unwrap();
                 let tags = n.disk.data[at..][..usize::try_from(blocks.count).unwrap()].to_vec();
-                let hashes =
-                    if *hash { tags.iter().map(|t| u128::from(*t).to_le_bytes()).collect() } else { vec![] };
+                let hashes = if *digest == Digest::Hashes {
+                    tags.iter().map(|t| u128::from(*t).to_le_bytes()).collect()
+                } else {
+                    vec![]
+                };
                 let all_zero = tags.iter().all(|t| *t == 0);
                 let payload = Self::new_buf(n, tags);
+                let payload = if *digest == Digest::None { Payload { crc: 0, ..payload } } else { payload };
                 Ok(DiskResult::Read { payload, all_zero, hashes })
             }
             DiskOp::FillEdges { buf, blocks, head, tail } => {
@@ -730,8 +734,11 @@ impl World {
             }
             DiskOp::Extents { blocks } => {
                 let at = usize::try_from(blocks.start.0).unwrap();
-                let tags = &n.disk.data[at..][..usize::try_from(blocks.count).unwrap()];
-                Ok(DiskResult::Extents(holes_of(tags)))
+                let mut tags = n.disk.data[at..][..usize::try_from(blocks.count).unwrap()].to_vec();
+                // What is bad takes space.
+                let bad = blocks.iter().zip(&mut tags).filter(|(b, _)| n.disk.bad.contains(&b.0));
+                bad.for_each(|(_, tag)| *tag = 1);
+                Ok(DiskResult::Extents(holes_of(&tags)))
             }
             DiskOp::Flush => {
                 if n.disk.flush_error {
