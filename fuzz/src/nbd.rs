@@ -3,7 +3,9 @@
 use blkrepl_engine::reactor::client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
 use blkrepl_nbd::negotiate::{Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, Progress, Want};
 use blkrepl_nbd::proto::{
-    EXPORT_NAME_ZEROES, GREETING_LEN, NBD_REP_MAGIC, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_ERROR,
+    EXPORT_NAME_ZEROES, EXTENDED_REPLY_LEN, EXTENDED_REQUEST_LEN, ExtendedRequestHeader, GREETING_LEN,
+    NBD_CMD_DISC, NBD_CMD_FLAG_PAYLOAD_LEN, NBD_CMD_WRITE, NBD_EXTENDED_REPLY_MAGIC,
+    NBD_EXTENDED_REQUEST_MAGIC, NBD_REP_MAGIC, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_ERROR,
     NBD_REPLY_TYPE_OFFSET_DATA, NBD_REQUEST_MAGIC, NBD_STRUCTURED_REPLY_MAGIC, OPTION_REPLY_HEADER_LEN,
     REQUEST_LEN, RequestHeader, STRING_BYTES_MAX, STRUCTURED_REPLY_LEN, decode_simple_reply,
 };
@@ -104,8 +106,8 @@ fn check_replies(mut out: &[u8]) {
 }
 
 /// Requests. Control byte: bit 0 read-only, bit 1 blocks of 512 bytes, bit 2 small payloads, bit 3 structured
-/// replies, bit 7 makes the magic of every header good; then headers, each followed by its payload if it is a
-/// write. Holds: what passes lies within the export, and each request has a reply of its own.
+/// replies, bit 4 extended headers, bit 7 makes the magic of every header good; then headers, each followed by its
+/// payload if it has one. Holds: what passes lies within the export, and each request has a reply of its own.
 pub fn nbd_requests(data: &[u8]) -> Verdict {
     let mut input = Input::new(data);
     let control = input.u8();
@@ -113,69 +115,114 @@ pub fn nbd_requests(data: &[u8]) -> Verdict {
     export.read_only = control & 1 != 0;
     export.min_block = if control & 2 != 0 { 512 } else { 1 };
     export.max_payload = if control & 4 != 0 { 8192 } else { export.max_payload };
-    let replies = if control & 8 != 0 { Replies::Structured } else { Replies::Simple };
+    let replies = match control & 24 {
+        0 => Replies::Simple,
+        8 => Replies::Structured,
+        _ => Replies::Extended,
+    };
     let mut session = Session::new(&export, replies);
     let mut accepted = false;
     while !input.is_empty() {
-        assert_eq!(session.header_len(), REQUEST_LEN);
-        let mut header = [0; REQUEST_LEN];
-        let taken = input.take(REQUEST_LEN);
-        header[..taken.len()].copy_from_slice(taken);
-        if taken.len() < REQUEST_LEN {
-            assert!(matches!(session.parse(taken), ClientFrame::Violation(_)));
-        }
-        if control & 0x80 != 0 {
-            header[..4].copy_from_slice(&NBD_REQUEST_MAGIC.to_be_bytes());
-        }
-        let request = match session.parse(&header) {
-            ClientFrame::Request(request) => request,
-            ClientFrame::Disconnect => break,
-            ClientFrame::Violation(text) => {
-                assert!(RequestHeader::decode(&header).is_err() && !text.is_empty());
-                break;
-            }
+        let Some(sent) = next_header(&mut input, &mut session, replies, control & 0x80 != 0) else { break };
+        let (sent, request) = sent;
+        assert_eq!((request.handle, request.offset), (sent.handle, sent.offset));
+        let follows = match replies {
+            Replies::Extended => sent.flags & NBD_CMD_FLAG_PAYLOAD_LEN != 0,
+            Replies::Simple | Replies::Structured => sent.command == NBD_CMD_WRITE,
         };
-        let sent = RequestHeader::decode(&header).expect("a request has a good header");
-        assert_eq!(sent.encode(), header);
-        assert_eq!(request.handle, sent.handle);
-        if request.op == FrontOp::Write {
-            assert_eq!(request.payload, u64::from(sent.len), "a write's payload has the header's length");
-            input.take(sent.len as usize);
-        }
+        assert_eq!(request.payload, if follows { sent.len } else { 0 }, "what follows the header");
+        input.take(usize::try_from(request.payload).expect("a payload has a length of 32 bits"));
         if request.error.is_none() {
             accepted = true;
-            assert!(request.offset + request.len <= export.size);
-            assert!(request.len > 0 || request.op == FrontOp::Flush);
-            assert!(
-                !export.read_only || matches!(request.op, FrontOp::Read | FrontOp::Flush | FrontOp::Cache)
-            );
-            let payload = matches!(request.op, FrontOp::Read | FrontOp::Write);
-            assert!(!payload || request.len <= u64::from(export.max_payload));
+            check_accepted(&request, &export);
         }
         let mut out = Vec::new();
         let done = if request.op == FrontOp::Read { Answer::Data } else { Answer::Done };
         session.reply(&request, request.error.map_or(done, Answer::Error), &mut out);
-        let (failed, handle) = read_reply(&out, &request, replies);
-        assert_eq!((failed, handle), (request.error.is_some(), sent.handle));
+        check_reply(&out, &request, replies);
     }
     Verdict::of(accepted)
 }
 
-/// Reads one reply header: whether it is an error, and the request's handle.
-fn read_reply(out: &[u8], request: &FrontRequest, replies: Replies) -> (bool, u64) {
-    if let Ok(simple) = out.try_into() {
+/// Takes a header and has it read; `None` at the end of the connection.
+fn next_header(
+    input: &mut Input<'_>,
+    session: &mut Session,
+    replies: Replies,
+    good_magic: bool,
+) -> Option<(ExtendedRequestHeader, FrontRequest)> {
+    let extended = replies == Replies::Extended;
+    let (len, magic) = if extended {
+        (EXTENDED_REQUEST_LEN, NBD_EXTENDED_REQUEST_MAGIC)
+    } else {
+        (REQUEST_LEN, NBD_REQUEST_MAGIC)
+    };
+    assert_eq!(session.header_len(), len);
+    let mut header = [0; EXTENDED_REQUEST_LEN];
+    let taken = input.take(len);
+    header[..taken.len()].copy_from_slice(taken);
+    if taken.len() < len {
+        assert!(matches!(session.parse(taken), ClientFrame::Violation(_)));
+    }
+    if good_magic {
+        header[..4].copy_from_slice(&magic.to_be_bytes());
+    }
+    let sent = if extended {
+        ExtendedRequestHeader::decode(&header)
+    } else {
+        let compact = header[..REQUEST_LEN].try_into().expect("the length of a compact header");
+        RequestHeader::decode(compact).map(ExtendedRequestHeader::from)
+    };
+    match session.parse(&header[..len]) {
+        ClientFrame::Request(request) => Some((sent.expect("a request has a good header"), request)),
+        ClientFrame::Disconnect => {
+            assert_eq!(sent.expect("a request has a good header").command, NBD_CMD_DISC);
+            None
+        }
+        ClientFrame::Violation(text) => {
+            let flood = sent.is_ok_and(|sent| extended && sent.len > u64::from(u32::MAX));
+            assert!((sent.is_err() || flood) && !text.is_empty());
+            None
+        }
+    }
+}
+
+fn check_accepted(request: &FrontRequest, export: &ExportInfo) {
+    assert!(request.offset.checked_add(request.len).is_some_and(|end| end <= export.size));
+    assert!(request.len > 0 || request.op == FrontOp::Flush);
+    assert!(
+        !export.read_only || !matches!(request.op, FrontOp::Write | FrontOp::Trim | FrontOp::WriteZeroes)
+    );
+    let carries_data = matches!(request.op, FrontOp::Read | FrontOp::Write);
+    assert!(!carries_data || request.len <= u64::from(export.max_payload));
+    assert_eq!(request.payload, if request.op == FrontOp::Write { request.len } else { 0 });
+}
+
+/// Holds: whole replies of the form that was agreed to, of the request's handle, the last of which says so.
+fn check_reply(out: &[u8], request: &FrontRequest, replies: Replies) {
+    if let (Ok(simple), true) = (out.try_into(), replies != Replies::Extended) {
         let (error, handle) = decode_simple_reply(simple).expect("a reply begins with its magic");
         assert!(replies == Replies::Simple || error.is_none() && request.op != FrontOp::Read);
-        return (error.is_some(), handle);
+        assert_eq!((error.is_some(), handle), (request.error.is_some(), request.handle));
+        return;
     }
-    assert_eq!(replies, Replies::Structured);
-    let (head, payload) = out.split_at_checked(STRUCTURED_REPLY_LEN).expect("a whole chunk header");
-    assert_eq!(head[..4], NBD_STRUCTURED_REPLY_MAGIC.to_be_bytes());
+    let (header_len, magic) = match replies {
+        Replies::Simple => panic!("{} bytes are no simple reply", out.len()),
+        Replies::Structured => (STRUCTURED_REPLY_LEN, NBD_STRUCTURED_REPLY_MAGIC),
+        Replies::Extended => (EXTENDED_REPLY_LEN, NBD_EXTENDED_REPLY_MAGIC),
+    };
+    let (head, payload) = out.split_at_checked(header_len).expect("a whole chunk header");
     let number = |at: usize| u16::from_be_bytes([head[at], head[at + 1]]);
-    let len = u32::from_be_bytes([head[16], head[17], head[18], head[19]]);
-    let handle = u64::from_be_bytes(head[8..16].try_into().expect("8 bytes"));
-    assert_eq!(number(4), NBD_REPLY_FLAG_DONE);
+    let wide = |at: usize| u64::from_be_bytes(head[at..at + 8].try_into().expect("8 bytes"));
+    assert_eq!(head[..4], magic.to_be_bytes());
+    assert_eq!((number(4), wide(8)), (NBD_REPLY_FLAG_DONE, request.handle));
+    let len = if replies == Replies::Extended {
+        assert_eq!(wide(16), request.offset);
+        wide(24)
+    } else {
+        u64::from(u32::from_be_bytes([head[16], head[17], head[18], head[19]]))
+    };
     let data = if number(6) == NBD_REPLY_TYPE_OFFSET_DATA { request.len } else { 0 };
-    assert_eq!(u64::from(len), payload.len() as u64 + data);
-    (number(6) == NBD_REPLY_TYPE_ERROR, handle)
+    assert_eq!(len, payload.len() as u64 + data);
+    assert_eq!(number(6) == NBD_REPLY_TYPE_ERROR, request.error.is_some());
 }

@@ -17,9 +17,10 @@ use blkrepl_engine::wire::{
     Run, RunsKind, WriteSeq, encode,
 };
 use blkrepl_nbd::proto::{
-    IHAVEOPT, NBD_CMD_CACHE, NBD_CMD_DISC, NBD_CMD_FLAG_DF, NBD_CMD_FLAG_FUA, NBD_CMD_FLUSH, NBD_CMD_READ,
-    NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, NBD_INFO_BLOCK_SIZE, NBD_OPT_ABORT,
-    NBD_OPT_EXPORT_NAME, NBD_OPT_GO, NBD_OPT_INFO, NBD_OPT_LIST, NBD_OPT_STRUCTURED_REPLY, RequestHeader,
+    ExtendedRequestHeader, IHAVEOPT, NBD_CMD_CACHE, NBD_CMD_DISC, NBD_CMD_FLAG_DF, NBD_CMD_FLAG_FUA,
+    NBD_CMD_FLAG_PAYLOAD_LEN, NBD_CMD_FLUSH, NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES,
+    NBD_INFO_BLOCK_SIZE, NBD_OPT_ABORT, NBD_OPT_EXPORT_NAME, NBD_OPT_EXTENDED_HEADERS, NBD_OPT_GO,
+    NBD_OPT_INFO, NBD_OPT_LIST, NBD_OPT_STRUCTURED_REPLY, RequestHeader,
 };
 
 use crate::meta::{Disk, FIELDS_LEN, VOLUME, record};
@@ -70,6 +71,7 @@ fn negotiations() -> Vec<Seed> {
     vec![
         // As the Linux client and qemu do it.
         ("go", client(1, 3, &[option(NBD_OPT_STRUCTURED_REPLY, &[]), go])),
+        ("go-extended", client(1, 3, &[option(NBD_OPT_EXTENDED_HEADERS, &[]), empty.clone()])),
         ("go-only-volume", client(1, 3, &[option(NBD_OPT_LIST, &[]), empty.clone()])),
         ("export-name", client(2, 1, &[option(NBD_OPT_EXPORT_NAME, b"vol1")])),
         ("export-name-oldest", client(1, 0, &[option(NBD_OPT_EXPORT_NAME, b"")])),
@@ -120,11 +122,26 @@ fn requests() -> Vec<Seed> {
             (header(NBD_CMD_WRITE, 0, end, 8), &[3; 8]),
         ],
     );
+    let extended = {
+        let payload = NBD_CMD_FLAG_PAYLOAD_LEN;
+        let parts = [
+            (header(NBD_CMD_WRITE, payload, 4096, 16), &[0xab; 16][..]),
+            (header(NBD_CMD_WRITE, 0, 4096, 16), &[]),
+            (header(NBD_CMD_TRIM, payload, 0, 8), &[1; 8]),
+            (header(NBD_CMD_READ, NBD_CMD_FLAG_DF, 0, 4096), &[]),
+            (header(NBD_CMD_TRIM, 0, 0, 1 << 30), &[]),
+            (header(NBD_CMD_FLUSH, 0, 0, 0), &[]),
+        ];
+        let parts = parts
+            .map(|(header, payload)| [&ExtendedRequestHeader::from(header).encode()[..], payload].concat());
+        [vec![16], parts.concat()].concat()
+    };
     let read_only = stream(1, &[(header(NBD_CMD_WRITE, 0, 0, 4), &[2; 4])]);
     let magic = stream(0, &[(header(NBD_CMD_READ, 0, 0, 4096), &[])])[2..].to_vec();
     vec![
         ("every-command", good),
         ("structured-replies", structured),
+        ("extended-headers", extended),
         ("refused-beyond", beyond),
         ("refused-read-only", read_only),
         ("refused-magic", magic),

@@ -77,12 +77,12 @@ impl ExportInfo {
             | proto::NBD_FLAG_SEND_CACHE
             | proto::NBD_FLAG_CAN_MULTI_CONN;
         let read_only = if self.read_only { proto::NBD_FLAG_READ_ONLY } else { 0 };
-        let whole = if replies == Replies::Structured { proto::NBD_FLAG_SEND_DF } else { 0 };
+        let whole = if replies == Replies::Simple { 0 } else { proto::NBD_FLAG_SEND_DF };
         base | read_only | whole
     }
 }
 
-/// The form of replies that client and server have agreed to.
+/// The form of replies (and with it that of requests) that client and server have agreed to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Replies {
     /// Simple replies: an error number, and data after a read.
@@ -90,6 +90,8 @@ pub enum Replies {
     Simple,
     /// Structured replies: chunks, errors with a text.
     Structured,
+    /// Extended headers: requests of 64 bits of length, and chunks for all replies.
+    Extended,
 }
 
 /// Why an export is not served. The texts go to the client as they are.

@@ -66,6 +66,9 @@ pub enum CloseReason {
     /// The data of `NBD_OPT_EXPORT_NAME` is not a name.
     #[error("the name in NBD_OPT_EXPORT_NAME is not a string of at most 4096 bytes")]
     ExportNameMalformed,
+    /// `NBD_OPT_EXPORT_NAME` must not be used with extended headers, and cannot be refused in any other way.
+    #[error("NBD_OPT_EXPORT_NAME after extended headers were agreed to")]
+    ExportNameExtended,
     /// A client without `NBD_FLAG_C_FIXED_NEWSTYLE` cannot be told anything about other options.
     #[error("option {0} from a client that does not speak fixed newstyle")]
     NotFixedNewstyle(u32),
@@ -191,6 +194,7 @@ impl Negotiation {
                 | proto::NBD_OPT_INFO
                 | proto::NBD_OPT_GO
                 | proto::NBD_OPT_STRUCTURED_REPLY
+                | proto::NBD_OPT_EXTENDED_HEADERS
         );
         if len == 0 {
             return if known {
@@ -229,21 +233,41 @@ impl Negotiation {
                 self.on_structured_reply(data, out);
                 Progress::Continue
             }
+            proto::NBD_OPT_EXTENDED_HEADERS => {
+                self.on_extended_headers(data, out);
+                Progress::Continue
+            }
             _ => self.on_info(option, data, exports, out),
         }
     }
 
     fn on_structured_reply(&mut self, data: &[u8], out: &mut Vec<u8>) {
         let option = proto::NBD_OPT_STRUCTURED_REPLY;
-        if data.is_empty() {
+        if !data.is_empty() {
+            put_error(out, option, proto::NBD_REP_ERR_INVALID, "NBD_OPT_STRUCTURED_REPLY carries no data");
+        } else if self.replies == Replies::Extended {
+            let text = "extended headers were agreed to, and their replies are more than structured ones";
+            put_error(out, option, proto::NBD_REP_ERR_EXT_HEADER_REQD, text);
+        } else {
             self.replies = Replies::Structured;
             put_reply(out, option, proto::NBD_REP_ACK, &[]);
+        }
+    }
+
+    fn on_extended_headers(&mut self, data: &[u8], out: &mut Vec<u8>) {
+        let option = proto::NBD_OPT_EXTENDED_HEADERS;
+        if data.is_empty() {
+            self.replies = Replies::Extended;
+            put_reply(out, option, proto::NBD_REP_ACK, &[]);
         } else {
-            put_error(out, option, proto::NBD_REP_ERR_INVALID, "NBD_OPT_STRUCTURED_REPLY carries no data");
+            put_error(out, option, proto::NBD_REP_ERR_INVALID, "NBD_OPT_EXTENDED_HEADERS carries no data");
         }
     }
 
     fn on_export_name(&self, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
+        if self.replies == Replies::Extended {
+            return Progress::Close(CloseReason::ExportNameExtended);
+        }
         let Some(name) = parse_string(data) else {
             return Progress::Close(CloseReason::ExportNameMalformed);
         };

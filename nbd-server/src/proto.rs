@@ -19,6 +19,10 @@ pub const NBD_REQUEST_MAGIC: u32 = 0x2560_9513;
 pub const NBD_SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// First 4 bytes of every chunk of a structured reply.
 pub const NBD_STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// First 4 bytes of every request with an extended header.
+pub const NBD_EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// First 4 bytes of every chunk of a reply with an extended header.
+pub const NBD_EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 /// Handshake flag: fixed newstyle.
 pub const NBD_FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
@@ -41,7 +45,7 @@ pub const NBD_FLAG_SEND_FUA: u16 = 1 << 3;
 pub const NBD_FLAG_SEND_TRIM: u16 = 1 << 5;
 /// Transmission flag: `NBD_CMD_WRITE_ZEROES` works.
 pub const NBD_FLAG_SEND_WRITE_ZEROES: u16 = 1 << 6;
-/// Transmission flag: `NBD_CMD_FLAG_DF` works. Only where structured replies were agreed.
+/// Transmission flag: `NBD_CMD_FLAG_DF` works. Only where replies come in chunks.
 pub const NBD_FLAG_SEND_DF: u16 = 1 << 7;
 /// Transmission flag: flush and FUA hold across connections.
 pub const NBD_FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
@@ -89,6 +93,8 @@ pub const NBD_REP_ERR_UNKNOWN: u32 = NBD_REP_FLAG_ERROR + 6;
 pub const NBD_REP_ERR_SHUTDOWN: u32 = NBD_REP_FLAG_ERROR + 7;
 /// Option reply: request or reply too large.
 pub const NBD_REP_ERR_TOO_BIG: u32 = NBD_REP_FLAG_ERROR + 9;
+/// Option reply: extended headers were agreed to, and there is no way back.
+pub const NBD_REP_ERR_EXT_HEADER_REQD: u32 = NBD_REP_FLAG_ERROR + 10;
 
 /// Information: size and transmission flags.
 pub const NBD_INFO_EXPORT: u16 = 0;
@@ -120,9 +126,15 @@ pub const NBD_CMD_FLAG_FUA: u16 = 1 << 0;
 pub const NBD_CMD_FLAG_NO_HOLE: u16 = 1 << 1;
 /// Command flag of `NBD_CMD_READ`: the data in one chunk.
 pub const NBD_CMD_FLAG_DF: u16 = 1 << 2;
+/// Command flag of `NBD_CMD_WRITE_ZEROES`: fail rather than be slow. Not supported.
+pub const NBD_CMD_FLAG_FAST_ZERO: u16 = 1 << 4;
+/// Command flag with extended headers: the header's length is that of a payload which follows it.
+pub const NBD_CMD_FLAG_PAYLOAD_LEN: u16 = 1 << 5;
 
 /// Flag of a chunk: the last one of its reply.
 pub const NBD_REPLY_FLAG_DONE: u16 = 1 << 0;
+/// Chunk: nothing; the request is done.
+pub const NBD_REPLY_TYPE_NONE: u16 = 0;
 /// Chunk: data of a read, with its offset.
 pub const NBD_REPLY_TYPE_OFFSET_DATA: u16 = 1;
 /// Chunk: the part of a read from this offset on, so many bytes, is zeroes.
@@ -136,12 +148,16 @@ pub const GREETING_LEN: usize = 18;
 pub const OPTION_HEADER_LEN: usize = 16;
 /// Length of an option reply header in bytes.
 pub const OPTION_REPLY_HEADER_LEN: usize = 20;
-/// Length of a request header in bytes.
+/// Length of a compact request header in bytes.
 pub const REQUEST_LEN: usize = 28;
 /// Length of a simple reply's header in bytes.
 pub const SIMPLE_REPLY_LEN: usize = 16;
 /// Length of a structured reply chunk's header in bytes.
 pub const STRUCTURED_REPLY_LEN: usize = 20;
+/// Length of an extended request header in bytes.
+pub const EXTENDED_REQUEST_LEN: usize = 32;
+/// Length of an extended reply chunk's header in bytes.
+pub const EXTENDED_REPLY_LEN: usize = 32;
 /// Zeroes that follow the answer to `NBD_OPT_EXPORT_NAME` unless both sides agreed to leave them out.
 pub const EXPORT_NAME_ZEROES: usize = 124;
 /// Longest string that the protocol allows, in bytes.
@@ -236,7 +252,7 @@ impl fmt::Display for NbdErrno {
     }
 }
 
-/// A request header as it stands on the wire, without its magic.
+/// A compact request header as it stands on the wire, without its magic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestHeader {
     /// Command flags, `NBD_CMD_FLAG_*`.
@@ -284,6 +300,61 @@ impl RequestHeader {
     }
 }
 
+/// An extended request header as it stands on the wire, without its magic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExtendedRequestHeader {
+    /// Command flags, `NBD_CMD_FLAG_*`.
+    pub flags: u16,
+    /// Command, `NBD_CMD_*`.
+    pub command: u16,
+    /// The client's name for the request.
+    pub handle: u64,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes: of the payload behind the header with `NBD_CMD_FLAG_PAYLOAD_LEN`, else of the export.
+    pub len: u64,
+}
+
+impl ExtendedRequestHeader {
+    /// The header as it goes over the wire.
+    #[must_use]
+    pub fn encode(&self) -> [u8; EXTENDED_REQUEST_LEN] {
+        let mut out = [0; EXTENDED_REQUEST_LEN];
+        out[0..4].copy_from_slice(&NBD_EXTENDED_REQUEST_MAGIC.to_be_bytes());
+        out[4..6].copy_from_slice(&self.flags.to_be_bytes());
+        out[6..8].copy_from_slice(&self.command.to_be_bytes());
+        out[8..16].copy_from_slice(&self.handle.to_be_bytes());
+        out[16..24].copy_from_slice(&self.offset.to_be_bytes());
+        out[24..32].copy_from_slice(&self.len.to_be_bytes());
+        out
+    }
+
+    /// Reads a header; `Err` gives the magic that stood there instead of `NBD_EXTENDED_REQUEST_MAGIC`.
+    ///
+    /// # Errors
+    /// The wrong magic.
+    pub fn decode(bytes: &[u8; EXTENDED_REQUEST_LEN]) -> Result<Self, u32> {
+        let magic = be32(bytes, 0);
+        if magic != NBD_EXTENDED_REQUEST_MAGIC {
+            return Err(magic);
+        }
+        Ok(Self {
+            flags: be16(bytes, 4),
+            command: be16(bytes, 6),
+            handle: be64(bytes, 8),
+            offset: be64(bytes, 16),
+            len: be64(bytes, 24),
+        })
+    }
+}
+
+impl From<RequestHeader> for ExtendedRequestHeader {
+    fn from(header: RequestHeader) -> Self {
+        let RequestHeader { flags, command, handle, offset, len } = header;
+        Self { flags, command, handle, offset, len: u64::from(len) }
+    }
+}
+
 /// A simple reply's header as it goes over the wire; error 0 is success.
 #[must_use]
 pub fn encode_simple_reply(error: Option<NbdErrno>, handle: u64) -> [u8; SIMPLE_REPLY_LEN] {
@@ -315,6 +386,26 @@ pub fn encode_chunk(flags: u16, kind: u16, handle: u64, len: u32) -> [u8; STRUCT
     out[6..8].copy_from_slice(&kind.to_be_bytes());
     out[8..16].copy_from_slice(&handle.to_be_bytes());
     out[16..20].copy_from_slice(&len.to_be_bytes());
+    out
+}
+
+/// A chunk header of an extended reply as it goes over the wire. `offset`: that of the request. `len`: bytes of
+/// payload behind it.
+#[must_use]
+pub fn encode_extended_chunk(
+    flags: u16,
+    kind: u16,
+    handle: u64,
+    offset: u64,
+    len: u64,
+) -> [u8; EXTENDED_REPLY_LEN] {
+    let mut out = [0; EXTENDED_REPLY_LEN];
+    out[0..4].copy_from_slice(&NBD_EXTENDED_REPLY_MAGIC.to_be_bytes());
+    out[4..6].copy_from_slice(&flags.to_be_bytes());
+    out[6..8].copy_from_slice(&kind.to_be_bytes());
+    out[8..16].copy_from_slice(&handle.to_be_bytes());
+    out[16..24].copy_from_slice(&offset.to_be_bytes());
+    out[24..32].copy_from_slice(&len.to_be_bytes());
     out
 }
 
@@ -362,6 +453,26 @@ mod tests {
             prop_assert_eq!(RequestHeader::decode(&bytes), Ok(header));
             bytes[at] ^= flip;
             prop_assert_eq!(RequestHeader::decode(&bytes), Err(be32(&bytes, 0)));
+        }
+
+        /// The same of extended headers, of requests and of replies.
+        #[test]
+        fn any_extended_header_is_its_fields_in_order(
+            flags in any::<u16>(), command in any::<u16>(), handle in any::<u64>(), offset in any::<u64>(),
+            len in any::<u64>(), at in 0..4usize, flip in 1u8..,
+        ) {
+            let header = ExtendedRequestHeader { flags, command, handle, offset, len };
+            let mut bytes = header.encode();
+            let fields = [
+                &flags.to_be_bytes()[..], &command.to_be_bytes(), &handle.to_be_bytes(), &offset.to_be_bytes(),
+                &len.to_be_bytes(),
+            ].concat();
+            prop_assert_eq!(&bytes[..], [&[0x21, 0xe4, 0x1c, 0x71][..], &fields].concat());
+            prop_assert_eq!(ExtendedRequestHeader::decode(&bytes), Ok(header));
+            let chunk = encode_extended_chunk(flags, command, handle, offset, len);
+            prop_assert_eq!(&chunk[..], [&[0x6e, 0x8a, 0x27, 0x8c][..], &fields].concat());
+            bytes[at] ^= flip;
+            prop_assert_eq!(ExtendedRequestHeader::decode(&bytes), Err(be32(&bytes, 0)));
         }
 
         /// The same of replies. Every number but 0 is an error, and stays the number that it was.

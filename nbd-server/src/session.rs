@@ -3,17 +3,22 @@
 //! Pure: no I/O, no payload bytes, no memory of requests. It checks everything about a request that can be
 //! known from its header and the export, so that what it hands on without an error lies within the export.
 //! It never closes a connection for a request that is merely refused; only a wrong magic does, because then
-//! nothing on the stream can be trusted any more.
+//! nothing on the stream can be trusted any more, and a payload so long that nobody means it.
 
 use blkrepl_engine::reactor::client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
 use blkrepl_engine::replica::ClientError;
 
 use crate::export::{ExportInfo, Replies};
-use crate::proto::{self, NbdErrno, REQUEST_LEN, RequestHeader};
+use crate::proto::{
+    self, EXTENDED_REQUEST_LEN, ExtendedRequestHeader as Header, NbdErrno, REQUEST_LEN, RequestHeader,
+};
+
+/// Flags of the last chunk of a reply.
+const LAST: u16 = proto::NBD_REPLY_FLAG_DONE;
 
 /// Codec of a connection. With structured replies a read is answered by one chunk that has all of its data, every
 /// error by a chunk with a text; what is done without data is answered by a simple reply, as the specification
-/// allows.
+/// allows. With extended headers every reply is chunks.
 #[derive(Clone, Debug)]
 pub struct Session {
     size: u64,
@@ -36,7 +41,48 @@ impl Session {
         }
     }
 
-    fn request(&self, header: &RequestHeader) -> FrontRequest {
+    /// Reads a request header of either form. The text of an error says what stands there instead of one.
+    fn decode(&self, header: &[u8]) -> Result<Header, String> {
+        let wrong_len =
+            |_| format!("request header of {} bytes instead of {}", header.len(), self.header_len());
+        let (decoded, magic) = if self.replies == Replies::Extended {
+            let bytes = <&[u8; EXTENDED_REQUEST_LEN]>::try_from(header).map_err(wrong_len)?;
+            (Header::decode(bytes), proto::NBD_EXTENDED_REQUEST_MAGIC)
+        } else {
+            let bytes = <&[u8; REQUEST_LEN]>::try_from(header).map_err(wrong_len)?;
+            (RequestHeader::decode(bytes).map(Header::from), proto::NBD_REQUEST_MAGIC)
+        };
+        decoded.map_err(|found| {
+            format!(
+                "request begins with {found:#010x} instead of {magic:#010x}; the client has lost its place"
+            )
+        })
+    }
+
+    fn frame(&self, header: &Header) -> ClientFrame {
+        if header.command == proto::NBD_CMD_DISC {
+            return ClientFrame::Disconnect;
+        }
+        let payload = self.payload(header);
+        if payload > u64::from(u32::MAX) {
+            return ClientFrame::Violation(format!(
+                "a request with {payload} bytes of payload; none may have more than {}",
+                u32::MAX
+            ));
+        }
+        ClientFrame::Request(self.request(header, payload))
+    }
+
+    /// Bytes that follow the header. With extended headers a flag says that there are some, else the command.
+    fn payload(&self, header: &Header) -> u64 {
+        let follows = match self.replies {
+            Replies::Extended => header.flags & proto::NBD_CMD_FLAG_PAYLOAD_LEN != 0,
+            Replies::Simple | Replies::Structured => header.command == proto::NBD_CMD_WRITE,
+        };
+        if follows { header.len } else { 0 }
+    }
+
+    fn request(&self, header: &Header, payload: u64) -> FrontRequest {
         let op = match header.command {
             proto::NBD_CMD_READ => FrontOp::Read,
             proto::NBD_CMD_WRITE => FrontOp::Write,
@@ -44,28 +90,21 @@ impl Session {
             proto::NBD_CMD_TRIM => FrontOp::Trim,
             proto::NBD_CMD_WRITE_ZEROES => FrontOp::WriteZeroes,
             proto::NBD_CMD_CACHE => FrontOp::Cache,
-            _ => return refused(header.handle),
+            _ => return unknown(header, payload),
         };
         FrontRequest {
             handle: header.handle,
             op,
             offset: header.offset,
-            len: u64::from(header.len),
-            payload: if op == FrontOp::Write { u64::from(header.len) } else { 0 },
+            len: header.len,
+            payload,
             fua: header.flags & proto::NBD_CMD_FLAG_FUA != 0,
             error: self.check(op, header).err(),
         }
     }
 
-    fn check(&self, op: FrontOp, header: &RequestHeader) -> Result<(), ClientError> {
-        let known = match op {
-            FrontOp::WriteZeroes => proto::NBD_CMD_FLAG_FUA | proto::NBD_CMD_FLAG_NO_HOLE,
-            FrontOp::Read if self.replies == Replies::Structured => {
-                proto::NBD_CMD_FLAG_FUA | proto::NBD_CMD_FLAG_DF
-            }
-            _ => proto::NBD_CMD_FLAG_FUA,
-        };
-        if header.flags & !known != 0 {
+    fn check(&self, op: FrontOp, header: &Header) -> Result<(), ClientError> {
+        if header.flags & !self.flags_of(op) != 0 {
             return Err(ClientError::Invalid);
         }
         if op == FrontOp::Flush {
@@ -78,21 +117,33 @@ impl Session {
         // The specification leaves a length of 0 open (but for not disconnecting). It is refused, so that
         // nobody takes an empty write with FUA for a flush.
         let align = u64::from(self.min_block);
-        if header.len == 0
-            || !header.offset.is_multiple_of(align)
-            || !u64::from(header.len).is_multiple_of(align)
-        {
+        if header.len == 0 || !header.offset.is_multiple_of(align) || !header.len.is_multiple_of(align) {
             return Err(ClientError::Invalid);
         }
-        if matches!(op, FrontOp::Read | FrontOp::Write) && header.len > self.max_payload {
+        if matches!(op, FrontOp::Read | FrontOp::Write) && header.len > u64::from(self.max_payload) {
             return Err(ClientError::Invalid);
         }
-        let inside = header.offset.checked_add(u64::from(header.len)).is_some_and(|end| end <= self.size);
+        // An extended write that does not say that its length is that of a payload has none.
+        if op == FrontOp::Write && self.payload(header) == 0 {
+            return Err(ClientError::Invalid);
+        }
+        let inside = header.offset.checked_add(header.len).is_some_and(|end| end <= self.size);
         match op {
             _ if inside => Ok(()),
             FrontOp::Write | FrontOp::WriteZeroes => Err(ClientError::NoSpace),
             _ => Err(ClientError::Invalid),
         }
+    }
+
+    /// Command flags that belong to an operation in the negotiated form.
+    fn flags_of(&self, op: FrontOp) -> u16 {
+        let own = match op {
+            FrontOp::WriteZeroes => proto::NBD_CMD_FLAG_NO_HOLE,
+            FrontOp::Read if self.replies != Replies::Simple => proto::NBD_CMD_FLAG_DF,
+            FrontOp::Write if self.replies == Replies::Extended => proto::NBD_CMD_FLAG_PAYLOAD_LEN,
+            _ => 0,
+        };
+        proto::NBD_CMD_FLAG_FUA | own
     }
 
     fn errno(&self, error: ClientError, op: FrontOp) -> NbdErrno {
@@ -103,89 +154,97 @@ impl Session {
             error => NbdErrno::of(error),
         }
     }
-}
 
-/// A request that is not known at all: it has no payload (none can be known), so nothing is drained.
-fn refused(handle: u64) -> FrontRequest {
-    let error = Some(ClientError::Invalid);
-    FrontRequest { handle, op: FrontOp::Flush, offset: 0, len: 0, payload: 0, fua: false, error }
-}
-
-impl ClientProtocol for Session {
-    fn header_len(&self) -> usize {
-        REQUEST_LEN
-    }
-
-    fn parse(&mut self, header: &[u8]) -> ClientFrame {
-        let Ok(bytes) = <&[u8; REQUEST_LEN]>::try_from(header) else {
-            return ClientFrame::Violation(format!(
-                "request header of {} bytes instead of {REQUEST_LEN}",
-                header.len()
-            ));
-        };
-        match RequestHeader::decode(bytes) {
-            Ok(header) if header.command == proto::NBD_CMD_DISC => ClientFrame::Disconnect,
-            Ok(header) => ClientFrame::Request(self.request(&header)),
-            Err(magic) => ClientFrame::Violation(format!(
-                "request begins with {magic:#010x} instead of {:#010x}; the client has lost its place",
-                proto::NBD_REQUEST_MAGIC
-            )),
+    /// Header of a chunk in the negotiated form. `flags`: [`LAST`], or 0 where more chunks follow. `len`: bytes
+    /// of payload behind it.
+    fn put_chunk(&self, request: &FrontRequest, flags: u16, kind: u16, len: u32, out: &mut Vec<u8>) {
+        if self.replies == Replies::Extended {
+            let (handle, offset) = (request.handle, request.offset);
+            let len = u64::from(len);
+            out.extend_from_slice(&proto::encode_extended_chunk(flags, kind, handle, offset, len));
+        } else {
+            out.extend_from_slice(&proto::encode_chunk(flags, kind, request.handle, len));
         }
     }
 
-    fn can_say_zeroes(&self) -> bool {
-        self.replies == Replies::Structured
+    /// What goes before the data of a read, all of it in one chunk.
+    fn put_data_header(&self, request: &FrontRequest, out: &mut Vec<u8>) {
+        let len = 8 + payload_len(request); // the offset, and the data
+        self.put_chunk(request, LAST, proto::NBD_REPLY_TYPE_OFFSET_DATA, len, out);
+        out.extend_from_slice(&request.offset.to_be_bytes());
     }
 
-    fn reply(&mut self, request: &FrontRequest, answer: Answer<'_>, out: &mut Vec<u8>) {
-        let structured = self.replies == Replies::Structured;
-        match answer {
-            Answer::Data if structured => put_data_header(request, out),
-            Answer::Zeroes => put_hole(request, out),
-            Answer::Extents(_) => unreachable!("no metadata context was agreed to"),
-            Answer::Done | Answer::Data => {
-                out.extend_from_slice(&proto::encode_simple_reply(None, request.handle));
-            }
-            Answer::Error(error) => {
-                let error = self.errno(error, request.op);
-                if structured {
-                    put_error_chunk(request.handle, error, out);
-                } else {
-                    out.extend_from_slice(&proto::encode_simple_reply(Some(error), request.handle));
-                }
-            }
+    /// A read that brought zeroes only.
+    fn put_hole(&self, request: &FrontRequest, out: &mut Vec<u8>) {
+        self.put_chunk(request, LAST, proto::NBD_REPLY_TYPE_OFFSET_HOLE, 8 + 4, out);
+        out.extend_from_slice(&request.offset.to_be_bytes());
+        out.extend_from_slice(&payload_len(request).to_be_bytes());
+    }
+
+    fn put_error(&self, request: &FrontRequest, error: NbdErrno, out: &mut Vec<u8>) {
+        if self.replies == Replies::Simple {
+            out.extend_from_slice(&proto::encode_simple_reply(Some(error), request.handle));
+            return;
         }
+        let text = error.to_string();
+        let len = u16::try_from(text.len()).expect("a text of ours has some tens of bytes");
+        self.put_chunk(request, LAST, proto::NBD_REPLY_TYPE_ERROR, 4 + 2 + u32::from(len), out);
+        out.extend_from_slice(&error.code().to_be_bytes());
+        out.extend_from_slice(&len.to_be_bytes());
+        out.extend_from_slice(text.as_bytes());
     }
 }
 
-/// What goes before the data of a read, all of it in one chunk.
-fn put_data_header(request: &FrontRequest, out: &mut Vec<u8>) {
-    let len = 8 + payload_len(request); // the offset, and the data
-    let (done, kind) = (proto::NBD_REPLY_FLAG_DONE, proto::NBD_REPLY_TYPE_OFFSET_DATA);
-    out.extend_from_slice(&proto::encode_chunk(done, kind, request.handle, len));
-    out.extend_from_slice(&request.offset.to_be_bytes());
-}
-
-/// A read that brought zeroes only.
-fn put_hole(request: &FrontRequest, out: &mut Vec<u8>) {
-    let (done, kind) = (proto::NBD_REPLY_FLAG_DONE, proto::NBD_REPLY_TYPE_OFFSET_HOLE);
-    out.extend_from_slice(&proto::encode_chunk(done, kind, request.handle, 8 + 4));
-    out.extend_from_slice(&request.offset.to_be_bytes());
-    out.extend_from_slice(&payload_len(request).to_be_bytes());
+/// A request whose command is not known. What follows its header is thrown away.
+fn unknown(header: &Header, payload: u64) -> FrontRequest {
+    FrontRequest {
+        handle: header.handle,
+        op: FrontOp::Flush,
+        offset: header.offset,
+        len: 0,
+        payload,
+        fua: false,
+        error: Some(ClientError::Invalid),
+    }
 }
 
 fn payload_len(request: &FrontRequest) -> u32 {
     u32::try_from(request.len).expect("a read fits one payload")
 }
 
-fn put_error_chunk(handle: u64, error: NbdErrno, out: &mut Vec<u8>) {
-    let text = error.to_string();
-    let len = u16::try_from(text.len()).expect("a text of ours has some tens of bytes");
-    let (done, kind) = (proto::NBD_REPLY_FLAG_DONE, proto::NBD_REPLY_TYPE_ERROR);
-    out.extend_from_slice(&proto::encode_chunk(done, kind, handle, 4 + 2 + u32::from(len)));
-    out.extend_from_slice(&error.code().to_be_bytes());
-    out.extend_from_slice(&len.to_be_bytes());
-    out.extend_from_slice(text.as_bytes());
+impl ClientProtocol for Session {
+    fn header_len(&self) -> usize {
+        match self.replies {
+            Replies::Extended => EXTENDED_REQUEST_LEN,
+            Replies::Simple | Replies::Structured => REQUEST_LEN,
+        }
+    }
+
+    fn parse(&mut self, header: &[u8]) -> ClientFrame {
+        match self.decode(header) {
+            Ok(header) => self.frame(&header),
+            Err(text) => ClientFrame::Violation(text),
+        }
+    }
+
+    fn can_say_zeroes(&self) -> bool {
+        self.replies != Replies::Simple
+    }
+
+    fn reply(&mut self, request: &FrontRequest, answer: Answer<'_>, out: &mut Vec<u8>) {
+        match answer {
+            Answer::Error(error) => self.put_error(request, self.errno(error, request.op), out),
+            Answer::Data if self.replies != Replies::Simple => self.put_data_header(request, out),
+            Answer::Zeroes => self.put_hole(request, out),
+            Answer::Extents(_) => unreachable!("no metadata context was agreed to"),
+            Answer::Done if self.replies == Replies::Extended => {
+                self.put_chunk(request, LAST, proto::NBD_REPLY_TYPE_NONE, 0, out);
+            }
+            Answer::Done | Answer::Data => {
+                out.extend_from_slice(&proto::encode_simple_reply(None, request.handle));
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -383,6 +442,145 @@ mod tests {
         assert_eq!(parse(&mut session, NBD_CMD_CACHE, 0, 0, 4096).error, None);
     }
 
+    fn extended() -> Session {
+        Session::new(&ExportInfo::new("vol0", SIZE), Replies::Extended)
+    }
+
+    fn frame(session: &mut Session, command: u16, flags: u16, offset: u64, len: u64) -> ClientFrame {
+        session.parse(&ExtendedRequestHeader { flags, command, handle: 42, offset, len }.encode())
+    }
+
+    fn parse_extended(command: u16, flags: u16, offset: u64, len: u64) -> FrontRequest {
+        match frame(&mut extended(), command, flags, offset, len) {
+            ClientFrame::Request(request) => request,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Splits an extended reply of one chunk into its type and its payload.
+    fn only_extended_chunk(bytes: &[u8], offset: u64) -> (u16, &[u8]) {
+        assert_eq!(be32(bytes, 0), NBD_EXTENDED_REPLY_MAGIC);
+        assert_eq!(be16(bytes, 4), NBD_REPLY_FLAG_DONE);
+        assert_eq!((be64(bytes, 8), be64(bytes, 16)), (42, offset), "handle and offset are the request's");
+        (be16(bytes, 6), &bytes[EXTENDED_REPLY_LEN..])
+    }
+
+    #[test]
+    fn extended_requests_have_32_bytes_and_a_magic_of_their_own() {
+        assert_eq!((extended().header_len(), session().header_len()), (32, 28));
+        let compact =
+            RequestHeader { flags: 0, command: NBD_CMD_FLUSH, handle: 1, offset: 0, len: 0 }.encode();
+        assert!(matches!(extended().parse(&compact), ClientFrame::Violation(_)));
+        assert!(matches!(extended().parse(&[&compact[..], &[0; 4]].concat()), ClientFrame::Violation(_)));
+        assert_eq!(frame(&mut extended(), NBD_CMD_DISC, 0, 0, 0), ClientFrame::Disconnect);
+        let expected = FrontRequest {
+            handle: 42,
+            op: FrontOp::Write,
+            offset: 4096,
+            len: 512,
+            payload: 512,
+            fua: true,
+            error: None,
+        };
+        let flags = NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_PAYLOAD_LEN;
+        assert_eq!(parse_extended(NBD_CMD_WRITE, flags, 4096, 512), expected);
+        let header = ExtendedRequestHeader { flags, command: NBD_CMD_WRITE, handle: 1, offset: 0, len: 512 };
+        assert!(matches!(session().parse(&header.encode()[..REQUEST_LEN]), ClientFrame::Violation(_)));
+    }
+
+    #[test]
+    fn an_extended_write_says_that_its_length_is_that_of_a_payload() {
+        let request = parse_extended(NBD_CMD_WRITE, 0, 0, 4096);
+        assert_eq!((request.error, request.payload), (Some(ClientError::Invalid), 0), "no payload follows");
+        let request = parse_extended(NBD_CMD_WRITE, NBD_CMD_FLAG_PAYLOAD_LEN, 0, 0);
+        assert_eq!((request.error, request.payload), (Some(ClientError::Invalid), 0));
+    }
+
+    #[test]
+    fn a_payload_where_none_belongs_is_refused_and_thrown_away() {
+        let commands =
+            [NBD_CMD_READ, NBD_CMD_FLUSH, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES, NBD_CMD_CACHE, 7, 8, u16::MAX];
+        for command in commands {
+            let request = parse_extended(command, NBD_CMD_FLAG_PAYLOAD_LEN, 0, 4096);
+            assert_eq!((request.error, request.payload), (Some(ClientError::Invalid), 4096), "{command}");
+            assert_eq!(error(command, NBD_CMD_FLAG_PAYLOAD_LEN, 0, 4096), Some(ClientError::Invalid));
+        }
+        // With compact headers the flag does not exist, and a write's payload is where it always was.
+        let request = parse(&mut session(), NBD_CMD_WRITE, NBD_CMD_FLAG_PAYLOAD_LEN, 0, 4096);
+        assert_eq!((request.error, request.payload), (Some(ClientError::Invalid), 4096));
+        let request = parse(&mut session(), NBD_CMD_TRIM, NBD_CMD_FLAG_PAYLOAD_LEN, 0, 4096);
+        assert_eq!((request.error, request.payload), (Some(ClientError::Invalid), 0));
+    }
+
+    #[test]
+    fn a_payload_of_more_than_32_bits_ends_the_connection() {
+        for command in [NBD_CMD_WRITE, NBD_CMD_TRIM, 99] {
+            for len in [1 << 32, u64::MAX] {
+                let frame = frame(&mut extended(), command, NBD_CMD_FLAG_PAYLOAD_LEN, 0, len);
+                assert!(matches!(frame, ClientFrame::Violation(_)), "{frame:?}");
+            }
+            let request = parse_extended(command, NBD_CMD_FLAG_PAYLOAD_LEN, 0, u64::from(u32::MAX));
+            assert_eq!((request.error, request.payload), (Some(ClientError::Invalid), u64::from(u32::MAX)));
+        }
+    }
+
+    #[test]
+    fn what_has_no_payload_may_be_longer_than_32_bits() {
+        let large = ExportInfo::new("vol0", 1 << 40);
+        let mut session = Session::new(&large, Replies::Extended);
+        for command in [NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES, NBD_CMD_CACHE] {
+            let ClientFrame::Request(request) = frame(&mut session, command, 0, 4096, (1 << 40) - 4096)
+            else {
+                panic!("{command} is a request");
+            };
+            assert_eq!((request.error, request.len, request.payload), (None, (1 << 40) - 4096, 0));
+            let past = parse_extended(command, 0, 4096, u64::MAX);
+            assert!(past.error.is_some());
+        }
+        assert_eq!(parse_extended(NBD_CMD_READ, 0, 0, (32 << 20) + 1).error, Some(ClientError::Invalid));
+    }
+
+    #[test]
+    fn fast_zeroes_are_not_offered_and_refused_as_invalid() {
+        for flags in [NBD_CMD_FLAG_FAST_ZERO, NBD_CMD_FLAG_FAST_ZERO | NBD_CMD_FLAG_NO_HOLE] {
+            assert_eq!(error(NBD_CMD_WRITE_ZEROES, flags, 0, 4096), Some(ClientError::Invalid));
+            let request = parse_extended(NBD_CMD_WRITE_ZEROES, flags, 0, 4096);
+            assert_eq!(request.error, Some(ClientError::Invalid));
+        }
+    }
+
+    #[test]
+    fn all_replies_to_extended_requests_are_extended_chunks() {
+        let mut session = extended();
+        let mut reply = |request: &FrontRequest, answer: Answer<'_>| {
+            let mut out = Vec::new();
+            session.reply(request, answer, &mut out);
+            out
+        };
+        for command in [NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES, NBD_CMD_CACHE] {
+            let done = reply(&parse_extended(command, 0, 8192, 4096), Answer::Done);
+            assert_eq!(only_extended_chunk(&done, 8192), (NBD_REPLY_TYPE_NONE, &b""[..]));
+            assert_eq!(be64(&done, 24), 0);
+        }
+        let read = parse_extended(NBD_CMD_READ, NBD_CMD_FLAG_DF, 8192, 4096);
+        let data = reply(&read, Answer::Data);
+        let offset = 8192u64.to_be_bytes();
+        assert_eq!(only_extended_chunk(&data, 8192), (NBD_REPLY_TYPE_OFFSET_DATA, &offset[..]));
+        assert_eq!(be64(&data, 24), 8 + 4096);
+        let hole = reply(&read, Answer::Zeroes);
+        let body = [&offset[..], &4096u32.to_be_bytes()].concat();
+        assert_eq!(only_extended_chunk(&hole, 8192), (NBD_REPLY_TYPE_OFFSET_HOLE, &body[..]));
+        assert_eq!(be64(&hole, 24), 12);
+        for (command, flags) in [(NBD_CMD_READ, 0), (NBD_CMD_FLUSH, 0), (NBD_CMD_WRITE, 0), (99, 0)] {
+            let refused = parse_extended(command, flags, SIZE, 4096);
+            let error = reply(&refused, Answer::Error(refused.error.unwrap()));
+            let (kind, payload) = only_extended_chunk(&error, SIZE);
+            assert_eq!((kind, be64(&error, 24)), (NBD_REPLY_TYPE_ERROR, payload.len() as u64));
+            assert_eq!(NbdErrno::from_code(be32(payload, 0)), Some(NbdErrno::Inval));
+            assert_eq!(std::str::from_utf8(&payload[6..]).unwrap(), NbdErrno::Inval.to_string());
+        }
+    }
+
     #[test]
     fn disc_disconnects_and_a_wrong_magic_is_a_violation() {
         let mut session = session();
@@ -453,13 +651,52 @@ mod tests {
                 past.then_some(ClientError::Invalid)
             };
             prop_assert_eq!(request.error, expected);
-            prop_assert_eq!((request.offset, request.len), if known { (offset, u64::from(len)) } else { (0, 0) });
+            prop_assert_eq!((request.offset, request.len), (offset, if known { u64::from(len) } else { 0 }));
             prop_assert_eq!(request.fua, known && flags & NBD_CMD_FLAG_FUA != 0);
+        }
+
+        /// What an extended header says is refused for the same reasons as the compact one that says the same; and
+        /// whatever it says, as many bytes are thrown away as its flag announces.
+        #[test]
+        fn an_extended_request_is_judged_like_its_compact_counterpart(
+            flags in prop_oneof![4 => 0u16..64, 1 => any::<u16>()], command in 0u16..9,
+            offset in prop_oneof![0u64..9000, SIZE - 9000..SIZE + 9000, any::<u64>()],
+            len in prop_oneof![0u64..9000, u64::from(PAYLOAD_MAX_DEFAULT) - 5..u64::from(PAYLOAD_MAX_DEFAULT) + 5,
+                u64::from(u32::MAX) - 5..u64::from(u32::MAX) + 5, any::<u64>()],
+            read_only in any::<bool>(),
+        ) {
+            let export = ExportInfo { read_only, ..ExportInfo::new("vol0", SIZE) };
+            let (mut wide, mut narrow) =
+                (Session::new(&export, Replies::Extended), Session::new(&export, Replies::Structured));
+            let announced = flags & NBD_CMD_FLAG_PAYLOAD_LEN != 0;
+            let request = match frame(&mut wide, command, flags, offset, len) {
+                ClientFrame::Request(request) => request,
+                ClientFrame::Disconnect => {
+                    prop_assert_eq!(command, NBD_CMD_DISC);
+                    return Ok(());
+                }
+                ClientFrame::Violation(_) => {
+                    prop_assert!(announced && len > u64::from(u32::MAX));
+                    return Ok(());
+                }
+            };
+            prop_assert_eq!(request.payload, if announced { len } else { 0 });
+            prop_assert_eq!((request.handle, request.offset), (42, offset));
+            if announced != (command == NBD_CMD_WRITE) {
+                prop_assert_eq!(request.error, Some(ClientError::Invalid));
+            } else if let Ok(len) = u32::try_from(len) {
+                let flags = flags & !NBD_CMD_FLAG_PAYLOAD_LEN;
+                let same = parse(&mut narrow, command, flags, offset, len);
+                prop_assert_eq!(request, same);
+            } else {
+                prop_assert!(request.error.is_some(), "no export of 1 GiB has a range of more than 4");
+            }
         }
 
         #[test]
         fn random_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
             let _ = session().parse(&bytes);
+            let _ = extended().parse(&bytes);
         }
     }
 }

@@ -143,8 +143,10 @@ fn the_greeting_is_fixed_newstyle_without_zeroes() {
 fn the_transmission_flags_are_those_that_are_kept() {
     let flags = ExportInfo::new("vol0", SIZE).transmission_flags(Replies::Simple);
     assert_eq!(flags, 0b101_0110_1101, "HAS_FLAGS FLUSH FUA TRIM WRITE_ZEROES CAN_MULTI_CONN CACHE");
-    let flags = ExportInfo::new("vol0", SIZE).transmission_flags(Replies::Structured);
-    assert_eq!(flags, 0b101_1110_1101, "and DF");
+    for replies in [Replies::Structured, Replies::Extended] {
+        let flags = ExportInfo::new("vol0", SIZE).transmission_flags(replies);
+        assert_eq!(flags, 0b101_1110_1101, "and DF");
+    }
 }
 
 #[test]
@@ -167,6 +169,49 @@ fn structured_replies_are_not_agreed_to_with_data() {
     assert_refused(&bad, NBD_OPT_STRUCTURED_REPLY, NBD_REP_ERR_INVALID, "no data");
     let outcome = feed(&[fixed(), bad, info(NBD_OPT_GO, "vol0", &[])].concat(), &ALL);
     assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE), Replies::Simple));
+}
+
+fn extended() -> Vec<u8> {
+    option(NBD_OPT_EXTENDED_HEADERS, b"")
+}
+
+/// The replies that a session with these options ends in.
+fn agreed(options: &[Vec<u8>]) -> Replies {
+    let outcome = feed(&[fixed(), options.concat(), info(NBD_OPT_GO, "vol0", &[])].concat(), &ALL);
+    let Progress::Transmission(_, replies) = outcome.progress else { panic!("{:?}", outcome.progress) };
+    replies
+}
+
+#[test]
+fn extended_headers_are_agreed_to_with_and_without_structured_replies_before() {
+    assert_eq!(replies_to(&extended(), &ALL), [(NBD_OPT_EXTENDED_HEADERS, NBD_REP_ACK, Vec::new())]);
+    assert_eq!(agreed(&[extended()]), Replies::Extended);
+    assert_eq!(agreed(&[option(NBD_OPT_STRUCTURED_REPLY, b""), extended()]), Replies::Extended);
+    assert_eq!(agreed(&[extended(), extended()]), Replies::Extended);
+    let outcome = feed(&[fixed(), extended(), info(NBD_OPT_GO, "vol0", &[])].concat(), &ALL);
+    let flags = ExportInfo::new("vol0", SIZE).transmission_flags(Replies::Extended).to_be_bytes();
+    assert!(replies(&outcome.sent)[1].2.ends_with(&flags), "DF is announced");
+}
+
+#[test]
+fn structured_replies_after_extended_headers_are_refused_and_change_nothing() {
+    let structured = option(NBD_OPT_STRUCTURED_REPLY, b"");
+    let said = replies_to(&[extended(), structured.clone()].concat(), &ALL);
+    assert_eq!((said[1].0, said[1].1), (NBD_OPT_STRUCTURED_REPLY, NBD_REP_ERR_EXT_HEADER_REQD));
+    assert_eq!(agreed(&[extended(), structured]), Replies::Extended);
+}
+
+#[test]
+fn extended_headers_are_not_agreed_to_with_data() {
+    let bad = option(NBD_OPT_EXTENDED_HEADERS, b"1");
+    assert_refused(&bad, NBD_OPT_EXTENDED_HEADERS, NBD_REP_ERR_INVALID, "no data");
+    assert_eq!(agreed(&[bad]), Replies::Simple);
+}
+
+#[test]
+fn export_name_after_extended_headers_closes() {
+    let outcome = feed(&[fixed(), extended(), option(NBD_OPT_EXPORT_NAME, b"vol0")].concat(), &ALL);
+    assert_eq!(outcome.progress, Progress::Close(CloseReason::ExportNameExtended));
 }
 
 #[test]
@@ -311,7 +356,6 @@ fn other_options_are_unsupported_and_the_session_goes_on() {
         NBD_OPT_STARTTLS,
         NBD_OPT_LIST_META_CONTEXT,
         NBD_OPT_SET_META_CONTEXT,
-        NBD_OPT_EXTENDED_HEADERS,
         12,
         0x7fff_ffff,
         u32::MAX,
@@ -401,15 +445,17 @@ proptest! {
         feed(&[&fixed(), &bytes[..]].concat(), &ALL);
     }
 
-    /// The model knows of each option alone what its final reply is, and whether the session goes on.
+    /// The model knows of each option what its final reply is after those before it, and whether the session goes
+    /// on.
     #[test]
-    fn each_option_is_answered_as_if_it_stood_alone(
+    fn each_option_is_answered_as_the_model_says(
         options in proptest::collection::vec(
             (0u32..13, "(vol0|away|late|none|)", proptest::collection::vec(0u16..5, 0..4), 0u8..8), 0..10),
     ) {
         let mut input = fixed();
         let mut expected = Vec::new();
         let mut goes_on = true;
+        let mut extended = false;
         for (kind, name, wanted, shape) in options {
             // Mostly data as `NBD_OPT_GO` has them; none, a byte too few, or more than is looked at.
             let whole = info_data(name.as_bytes(), &wanted);
@@ -423,15 +469,20 @@ proptest! {
             if !goes_on {
                 continue;
             }
-            let known = [NBD_OPT_ABORT, NBD_OPT_LIST, NBD_OPT_INFO, NBD_OPT_GO, NBD_OPT_STRUCTURED_REPLY];
+            let known = [
+                NBD_OPT_ABORT, NBD_OPT_LIST, NBD_OPT_INFO, NBD_OPT_GO, NBD_OPT_STRUCTURED_REPLY,
+                NBD_OPT_EXTENDED_HEADERS,
+            ];
+            let no_data = [NBD_OPT_LIST, NBD_OPT_STRUCTURED_REPLY, NBD_OPT_EXTENDED_HEADERS].contains(&kind);
             let reply = match kind {
                 // Its data is no name: it holds zeroes, is empty (there are three volumes), or too long.
                 NBD_OPT_EXPORT_NAME => None,
                 _ if !known.contains(&kind) => Some(NBD_REP_ERR_UNSUP),
                 _ if shape == 2 => Some(NBD_REP_ERR_TOO_BIG),
                 NBD_OPT_ABORT => Some(NBD_REP_ACK),
-                NBD_OPT_LIST | NBD_OPT_STRUCTURED_REPLY if data.is_empty() => Some(NBD_REP_ACK),
-                NBD_OPT_LIST | NBD_OPT_STRUCTURED_REPLY => Some(NBD_REP_ERR_INVALID),
+                _ if no_data && !data.is_empty() => Some(NBD_REP_ERR_INVALID),
+                NBD_OPT_STRUCTURED_REPLY if extended => Some(NBD_REP_ERR_EXT_HEADER_REQD),
+                _ if no_data => Some(NBD_REP_ACK),
                 _ if shape < 2 => Some(NBD_REP_ERR_INVALID),
                 _ => Some(match name.as_str() {
                     "vol0" => NBD_REP_ACK,
@@ -440,6 +491,7 @@ proptest! {
                     _ => NBD_REP_ERR_UNKNOWN,
                 }),
             };
+            extended |= kind == NBD_OPT_EXTENDED_HEADERS && reply == Some(NBD_REP_ACK);
             let entered = kind == NBD_OPT_GO && reply == Some(NBD_REP_ACK);
             let aborted = kind == NBD_OPT_ABORT && reply == Some(NBD_REP_ACK);
             goes_on = reply.is_some() && !entered && !aborted;
