@@ -1,15 +1,17 @@
 //! What an NBD client sends: the negotiation, then request headers.
 
 use blkrepl_engine::reactor::client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
+use blkrepl_engine::types::Extent;
 use blkrepl_nbd::negotiate::{Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, Progress, Want};
 use blkrepl_nbd::proto::{
     EXPORT_NAME_ZEROES, EXTENDED_REPLY_LEN, EXTENDED_REQUEST_LEN, ExtendedRequestHeader, GREETING_LEN,
     NBD_CMD_DISC, NBD_CMD_FLAG_PAYLOAD_LEN, NBD_CMD_WRITE, NBD_EXTENDED_REPLY_MAGIC,
-    NBD_EXTENDED_REQUEST_MAGIC, NBD_REP_MAGIC, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_ERROR,
-    NBD_REPLY_TYPE_OFFSET_DATA, NBD_REQUEST_MAGIC, NBD_STRUCTURED_REPLY_MAGIC, OPTION_REPLY_HEADER_LEN,
-    REQUEST_LEN, RequestHeader, STRING_BYTES_MAX, STRUCTURED_REPLY_LEN, decode_simple_reply,
+    NBD_EXTENDED_REQUEST_MAGIC, NBD_REP_MAGIC, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_BLOCK_STATUS,
+    NBD_REPLY_TYPE_BLOCK_STATUS_EXT, NBD_REPLY_TYPE_ERROR, NBD_REPLY_TYPE_OFFSET_DATA, NBD_REQUEST_MAGIC,
+    NBD_STRUCTURED_REPLY_MAGIC, OPTION_REPLY_HEADER_LEN, REQUEST_LEN, RequestHeader, STRING_BYTES_MAX,
+    STRUCTURED_REPLY_LEN, decode_simple_reply,
 };
-use blkrepl_nbd::{Attached, ExportInfo, ExportRefusal, Exports, Replies, Session};
+use blkrepl_nbd::{Attached, Contexts, ExportInfo, ExportRefusal, Exports, MetaContext, Replies, Session};
 
 use crate::Verdict;
 use crate::input::Input;
@@ -78,7 +80,8 @@ pub fn nbd_negotiation(data: &[u8]) -> Verdict {
         assert!(out.len() <= ANSWER_BYTES_MAX, "an answer of {} bytes", out.len());
         match progress {
             Progress::Continue => check_replies(&out),
-            Progress::Transmission(info, _) => {
+            Progress::Transmission(info, replies, contexts) => {
+                assert!(replies != Replies::Simple || contexts.is_empty(), "contexts need chunks");
                 assert_eq!(exports.open(&info.name).as_ref(), Ok(&info));
                 // The answer to NBD_OPT_EXPORT_NAME has a form of its own.
                 if ![10, 10 + EXPORT_NAME_ZEROES].contains(&out.len()) {
@@ -106,8 +109,9 @@ fn check_replies(mut out: &[u8]) {
 }
 
 /// Requests. Control byte: bit 0 read-only, bit 1 blocks of 512 bytes, bit 2 small payloads, bit 3 structured
-/// replies, bit 4 extended headers, bit 7 makes the magic of every header good; then headers, each followed by its
-/// payload if it has one. Holds: what passes lies within the export, and each request has a reply of its own.
+/// replies, bit 4 extended headers, bit 5 `base:allocation`, bit 6 `blkrepl:dirty`, bit 7 makes the magic of
+/// every header good; then headers, each followed by its payload if it has one. Holds: what passes lies within
+/// the export, and each request has a reply of its own.
 pub fn nbd_requests(data: &[u8]) -> Verdict {
     let mut input = Input::new(data);
     let control = input.u8();
@@ -120,7 +124,10 @@ pub fn nbd_requests(data: &[u8]) -> Verdict {
         8 => Replies::Structured,
         _ => Replies::Extended,
     };
-    let mut session = Session::new(&export, replies);
+    let bits = [(32, MetaContext::Allocation), (64, MetaContext::Dirty)];
+    let contexts: Contexts =
+        bits.into_iter().filter(|(bit, _)| control & bit != 0).map(|(_, context)| context).collect();
+    let mut session = Session::new(&export, replies).with_contexts(contexts);
     let mut accepted = false;
     while !input.is_empty() {
         let Some(sent) = next_header(&mut input, &mut session, replies, control & 0x80 != 0) else { break };
@@ -137,6 +144,12 @@ pub fn nbd_requests(data: &[u8]) -> Verdict {
             check_accepted(&request, &export);
         }
         let mut out = Vec::new();
+        if request.error.is_none() && request.op == FrontOp::BlockStatus {
+            assert!(replies != Replies::Simple && !contexts.is_empty());
+            session.reply(&request, Answer::Extents(&extents_of(&request)), &mut out);
+            check_status(&out, &request, replies, contexts);
+            continue;
+        }
         let done = if request.op == FrontOp::Read { Answer::Data } else { Answer::Done };
         session.reply(&request, request.error.map_or(done, Answer::Error), &mut out);
         check_reply(&out, &request, replies);
@@ -225,4 +238,45 @@ fn check_reply(out: &[u8], request: &FrontRequest, replies: Replies) {
     let data = if number(6) == NBD_REPLY_TYPE_OFFSET_DATA { request.len } else { 0 };
     assert_eq!(len, payload.len() as u64 + data);
     assert_eq!(number(6) == NBD_REPLY_TYPE_ERROR, request.error.is_some());
+}
+
+/// Extents for a request, as the core makes them: as many and of such states as its numbers say.
+fn extents_of(request: &FrontRequest) -> Vec<Extent> {
+    let count = request.handle % 300 + 1;
+    let piece = (request.len / count).max(1);
+    let mut left = request.len;
+    let mut extents = Vec::new();
+    for n in 0..count.min(left) {
+        let (len, state) = (piece.min(left), request.handle >> (n % 60));
+        left -= len;
+        extents.push(Extent { len, hole: state & 1 != 0, dirty: state & 2 != 0 });
+    }
+    extents
+}
+
+/// Holds: a chunk for each context, in their order, with descriptors that lie within the request.
+fn check_status(mut out: &[u8], request: &FrontRequest, replies: Replies, contexts: Contexts) {
+    let extended = replies == Replies::Extended;
+    let (header_len, head_len, descriptor_len, kind) = if extended {
+        (EXTENDED_REPLY_LEN, 8, 16, NBD_REPLY_TYPE_BLOCK_STATUS_EXT)
+    } else {
+        (STRUCTURED_REPLY_LEN, 4, 8, NBD_REPLY_TYPE_BLOCK_STATUS)
+    };
+    let number = |bytes: &[u8]| bytes.iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
+    for context in contexts.iter() {
+        let (head, rest) = out.split_at_checked(header_len).expect("a whole chunk header");
+        assert_eq!(number(&head[6..8]), u64::from(kind));
+        assert_eq!(number(&head[8..16]), request.handle);
+        let len = number(&head[header_len - if extended { 8 } else { 4 }..]);
+        let (payload, rest) = rest.split_at_checked(len as usize).expect("a whole chunk");
+        assert_eq!(head[5] == 1, rest.is_empty(), "the last chunk says so");
+        assert_eq!(number(&payload[..4]), u64::from(context.id()));
+        let descriptors = payload[head_len..].chunks(descriptor_len);
+        assert!(descriptors.len() > 0 && (!request.one || descriptors.len() == 1));
+        let lens = descriptors.map(|descriptor| number(&descriptor[..descriptor_len / 2]));
+        let total = lens.inspect(|len| assert!(*len > 0)).sum::<u64>();
+        assert!(total <= request.len, "{total} bytes for a request of {}", request.len);
+        out = rest;
+    }
+    assert!(out.is_empty());
 }

@@ -17,10 +17,11 @@ use blkrepl_engine::wire::{
     Run, RunsKind, WriteSeq, encode,
 };
 use blkrepl_nbd::proto::{
-    ExtendedRequestHeader, IHAVEOPT, NBD_CMD_CACHE, NBD_CMD_DISC, NBD_CMD_FLAG_DF, NBD_CMD_FLAG_FUA,
-    NBD_CMD_FLAG_PAYLOAD_LEN, NBD_CMD_FLUSH, NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES,
-    NBD_INFO_BLOCK_SIZE, NBD_OPT_ABORT, NBD_OPT_EXPORT_NAME, NBD_OPT_EXTENDED_HEADERS, NBD_OPT_GO,
-    NBD_OPT_INFO, NBD_OPT_LIST, NBD_OPT_STRUCTURED_REPLY, RequestHeader,
+    ExtendedRequestHeader, IHAVEOPT, NBD_CMD_BLOCK_STATUS, NBD_CMD_CACHE, NBD_CMD_DISC, NBD_CMD_FLAG_DF,
+    NBD_CMD_FLAG_FUA, NBD_CMD_FLAG_PAYLOAD_LEN, NBD_CMD_FLAG_REQ_ONE, NBD_CMD_FLUSH, NBD_CMD_READ,
+    NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, NBD_INFO_BLOCK_SIZE, NBD_OPT_ABORT,
+    NBD_OPT_EXPORT_NAME, NBD_OPT_EXTENDED_HEADERS, NBD_OPT_GO, NBD_OPT_INFO, NBD_OPT_LIST,
+    NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT, NBD_OPT_STRUCTURED_REPLY, RequestHeader,
 };
 
 use crate::meta::{Disk, FIELDS_LEN, VOLUME, record};
@@ -62,16 +63,29 @@ fn info_request(name: &str, infos: &[u16]) -> Vec<u8> {
     data
 }
 
+/// Data of the two options for metadata contexts.
+fn contexts_request(name: &str, queries: &[&str]) -> Vec<u8> {
+    let number = |count: usize| u32::try_from(count).expect("few").to_be_bytes();
+    let string = |text: &str| [&number(text.len())[..], text.as_bytes()].concat();
+    let queries_sent: Vec<Vec<u8>> = queries.iter().map(|query| string(query)).collect();
+    [string(name), number(queries.len()).to_vec(), queries_sent.concat()].concat()
+}
+
 fn negotiations() -> Vec<Seed> {
     let client = |volumes: u8, flags: u8, options: &[Vec<u8>]| {
         [&[volumes, 0, 0, 0, flags][..], options.concat().as_slice()].concat()
     };
     let go = option(NBD_OPT_GO, &info_request("vol0", &[NBD_INFO_BLOCK_SIZE, 1, 2]));
     let empty = option(NBD_OPT_GO, &info_request("", &[]));
+    let structured = option(NBD_OPT_STRUCTURED_REPLY, &[]);
+    let list = option(NBD_OPT_LIST_META_CONTEXT, &contexts_request("vol1", &[]));
+    let queries = ["base:allocation", "x-none:", "blkrepl:dirty"];
+    let set = option(NBD_OPT_SET_META_CONTEXT, &contexts_request("vol0", &queries));
     vec![
         // As the Linux client and qemu do it.
-        ("go", client(1, 3, &[option(NBD_OPT_STRUCTURED_REPLY, &[]), go])),
+        ("go", client(1, 3, &[structured.clone(), go.clone()])),
         ("go-extended", client(1, 3, &[option(NBD_OPT_EXTENDED_HEADERS, &[]), empty.clone()])),
+        ("go-contexts", client(2, 3, &[structured, list, set, go])),
         ("go-only-volume", client(1, 3, &[option(NBD_OPT_LIST, &[]), empty.clone()])),
         ("export-name", client(2, 1, &[option(NBD_OPT_EXPORT_NAME, b"vol1")])),
         ("export-name-oldest", client(1, 0, &[option(NBD_OPT_EXPORT_NAME, b"")])),
@@ -122,6 +136,14 @@ fn requests() -> Vec<Seed> {
             (header(NBD_CMD_WRITE, 0, end, 8), &[3; 8]),
         ],
     );
+    let status = stream(
+        8 + 32 + 64,
+        &[
+            (header(NBD_CMD_BLOCK_STATUS, 0, 4096, 1 << 20), &[]),
+            (header(NBD_CMD_BLOCK_STATUS, NBD_CMD_FLAG_REQ_ONE, 0, 4096), &[]),
+            (header(NBD_CMD_BLOCK_STATUS, 0, end, 4096), &[]),
+        ],
+    );
     let extended = {
         let payload = NBD_CMD_FLAG_PAYLOAD_LEN;
         let parts = [
@@ -130,11 +152,12 @@ fn requests() -> Vec<Seed> {
             (header(NBD_CMD_TRIM, payload, 0, 8), &[1; 8]),
             (header(NBD_CMD_READ, NBD_CMD_FLAG_DF, 0, 4096), &[]),
             (header(NBD_CMD_TRIM, 0, 0, 1 << 30), &[]),
+            (header(NBD_CMD_BLOCK_STATUS, 0, 0, 1 << 30), &[]),
             (header(NBD_CMD_FLUSH, 0, 0, 0), &[]),
         ];
         let parts = parts
             .map(|(header, payload)| [&ExtendedRequestHeader::from(header).encode()[..], payload].concat());
-        [vec![16], parts.concat()].concat()
+        [vec![16 + 64], parts.concat()].concat()
     };
     let read_only = stream(1, &[(header(NBD_CMD_WRITE, 0, 0, 4), &[2; 4])]);
     let magic = stream(0, &[(header(NBD_CMD_READ, 0, 0, 4096), &[])])[2..].to_vec();
@@ -142,6 +165,7 @@ fn requests() -> Vec<Seed> {
         ("every-command", good),
         ("structured-replies", structured),
         ("extended-headers", extended),
+        ("block-status", status),
         ("refused-beyond", beyond),
         ("refused-read-only", read_only),
         ("refused-magic", magic),

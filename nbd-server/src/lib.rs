@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! server     tokio: listens, runs the negotiation, hands the socket over   -> Exports::attach
+//! context    metadata contexts: their names, and what is said of an extent
 //! negotiate  sans-IO: fixed newstyle negotiation
 //! session    sans-IO: request headers and replies (a ClientProtocol) -> runs on the reactor
 //! client     a blocking and pipelined client for tests, demo and benches
@@ -18,6 +19,7 @@
 
 pub mod bench;
 pub mod client;
+pub mod context;
 pub mod export;
 pub mod negotiate;
 pub mod proto;
@@ -31,6 +33,7 @@ pub use client::{
     ClientOptions, Completion, Handle, NbdClient, NbdError, RefusalKind, Request, RequestOp, connect_raw,
     list_exports,
 };
+pub use context::{Contexts, MetaContext};
 pub use export::{Attached, ExportInfo, ExportRefusal, Exports, Replies};
 pub use listen::{ListenAddr, ListenError};
 pub use proto::NbdErrno;

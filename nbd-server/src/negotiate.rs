@@ -11,11 +11,13 @@
 
 use thiserror::Error;
 
+use crate::context::{Contexts, MetaRequest};
 use crate::export::{ExportInfo, ExportRefusal, Exports, Replies};
-use crate::proto::{self, be16, be32, be64};
+use crate::proto::{self, be16, be32, be64, parse_string};
 
-/// Longest option data that is looked at, in bytes: a longest name and more information requests than exist.
-pub const OPTION_BYTES_MAX: u32 = 8192;
+/// Longest option data that is looked at, in bytes: a longest name, and two longest queries for metadata contexts
+/// or more information requests than exist.
+pub const OPTION_BYTES_MAX: u32 = 16384;
 /// Longest option data that is thrown away to keep the session; beyond it the connection is closed.
 pub const OPTION_DRAIN_MAX: u32 = 1 << 20;
 /// Most options in one session; one more closes the connection.
@@ -36,8 +38,8 @@ pub enum Progress {
     /// Send what was put out, then go on with [`Negotiation::wants`].
     Continue,
     /// Send what was put out; the next byte from the client is the first request on this export, to be answered
-    /// by such replies.
-    Transmission(ExportInfo, Replies),
+    /// by such replies, with these metadata contexts.
+    Transmission(ExportInfo, Replies, Contexts),
     /// Send what was put out, then close.
     Close(CloseReason),
 }
@@ -101,7 +103,15 @@ pub struct Negotiation {
     fixed_newstyle: bool,
     no_zeroes: bool,
     replies: Replies,
+    selection: Option<Selection>,
     options: u32,
+}
+
+/// The metadata contexts that were chosen, and for which export: that of the canonical name.
+#[derive(Clone, Debug)]
+struct Selection {
+    export: String,
+    contexts: Contexts,
 }
 
 impl Negotiation {
@@ -117,6 +127,7 @@ impl Negotiation {
             fixed_newstyle: false,
             no_zeroes: false,
             replies: Replies::default(),
+            selection: None,
             options: 0,
         }
     }
@@ -194,6 +205,8 @@ impl Negotiation {
                 | proto::NBD_OPT_INFO
                 | proto::NBD_OPT_GO
                 | proto::NBD_OPT_STRUCTURED_REPLY
+                | proto::NBD_OPT_LIST_META_CONTEXT
+                | proto::NBD_OPT_SET_META_CONTEXT
                 | proto::NBD_OPT_EXTENDED_HEADERS
         );
         if len == 0 {
@@ -210,6 +223,9 @@ impl Negotiation {
         }
         if option == proto::NBD_OPT_EXPORT_NAME {
             return Progress::Close(CloseReason::ExportNameMalformed);
+        }
+        if option == proto::NBD_OPT_SET_META_CONTEXT {
+            self.selection = None;
         }
         let reply = if known { proto::NBD_REP_ERR_TOO_BIG } else { proto::NBD_REP_ERR_UNSUP };
         self.state = State::OptionDiscard { option, len, reply };
@@ -231,6 +247,14 @@ impl Negotiation {
             }
             proto::NBD_OPT_STRUCTURED_REPLY => {
                 self.on_structured_reply(data, out);
+                Progress::Continue
+            }
+            proto::NBD_OPT_LIST_META_CONTEXT => {
+                self.on_list_contexts(data, exports, out);
+                Progress::Continue
+            }
+            proto::NBD_OPT_SET_META_CONTEXT => {
+                self.on_set_contexts(data, exports, out);
                 Progress::Continue
             }
             proto::NBD_OPT_EXTENDED_HEADERS => {
@@ -264,6 +288,55 @@ impl Negotiation {
         }
     }
 
+    fn on_list_contexts(&self, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) {
+        let option = proto::NBD_OPT_LIST_META_CONTEXT;
+        if let Some((_, request)) = self.meta_request(option, data, exports, out) {
+            // The number means nothing here.
+            request.listed.iter().for_each(|context| put_context(out, option, 0, context.name()));
+            put_reply(out, option, proto::NBD_REP_ACK, &[]);
+        }
+    }
+
+    fn on_set_contexts(&mut self, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) {
+        let option = proto::NBD_OPT_SET_META_CONTEXT;
+        // What was chosen before is void, also if this fails.
+        self.selection = None;
+        if let Some((info, request)) = self.meta_request(option, data, exports, out) {
+            let contexts = request.selected;
+            contexts.iter().for_each(|context| put_context(out, option, context.id(), context.name()));
+            put_reply(out, option, proto::NBD_REP_ACK, &[]);
+            self.selection = Some(Selection { export: info.name, contexts });
+        }
+    }
+
+    /// What one of the two options for metadata contexts asks, of which export; `None` if it was refused.
+    fn meta_request<'a>(
+        &self,
+        option: u32,
+        data: &'a [u8],
+        exports: &dyn Exports,
+        out: &mut Vec<u8>,
+    ) -> Option<(ExportInfo, MetaRequest<'a>)> {
+        if self.replies == Replies::Simple {
+            let text = "metadata contexts need structured replies or extended headers, which come first";
+            put_error(out, option, proto::NBD_REP_ERR_INVALID, text);
+            return None;
+        }
+        let Some(request) = MetaRequest::parse(data) else {
+            let text =
+                "the lengths in the option's data contradict each other, or a name or query is not a string";
+            put_error(out, option, proto::NBD_REP_ERR_INVALID, text);
+            return None;
+        };
+        match open(exports, request.name) {
+            Ok(info) => Some((info, request)),
+            Err(refusal) => {
+                put_refusal(out, option, &refusal);
+                None
+            }
+        }
+    }
+
     fn on_export_name(&self, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
         if self.replies == Replies::Extended {
             return Progress::Close(CloseReason::ExportNameExtended);
@@ -283,7 +356,14 @@ impl Negotiation {
         if !self.no_zeroes {
             out.extend_from_slice(&[0; proto::EXPORT_NAME_ZEROES]);
         }
-        Progress::Transmission(info, self.replies)
+        self.enter(info)
+    }
+
+    /// What was agreed to on an export that the client goes on with.
+    fn enter(&self, info: ExportInfo) -> Progress {
+        let chosen = self.selection.as_ref().filter(|chosen| chosen.export == info.name);
+        let contexts = chosen.map_or(Contexts::NONE, |chosen| chosen.contexts);
+        Progress::Transmission(info, self.replies, contexts)
     }
 
     fn on_info(&self, option: u32, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
@@ -295,22 +375,13 @@ impl Negotiation {
         let info = match open(exports, request.name) {
             Ok(info) => info,
             Err(refusal) => {
-                let reply = match refusal {
-                    ExportRefusal::Unknown(_) => proto::NBD_REP_ERR_UNKNOWN,
-                    ExportRefusal::Policy(_) => proto::NBD_REP_ERR_POLICY,
-                    ExportRefusal::Shutdown => proto::NBD_REP_ERR_SHUTDOWN,
-                };
-                put_error(out, option, reply, &refusal.to_string());
+                put_refusal(out, option, &refusal);
                 return Progress::Continue;
             }
         };
         put_infos(out, option, &info, self.replies, &request);
         put_reply(out, option, proto::NBD_REP_ACK, &[]);
-        if option == proto::NBD_OPT_GO {
-            Progress::Transmission(info, self.replies)
-        } else {
-            Progress::Continue
-        }
+        if option == proto::NBD_OPT_GO { self.enter(info) } else { Progress::Continue }
     }
 }
 
@@ -396,18 +467,26 @@ impl<'a> InfoRequest<'a> {
     }
 }
 
-/// A string as the specification defines it: UTF-8, no NUL, at most 4096 bytes.
-fn parse_string(bytes: &[u8]) -> Option<&str> {
-    let text = std::str::from_utf8(bytes).ok()?;
-    (text.len() <= proto::STRING_BYTES_MAX && !text.contains('\0')).then_some(text)
-}
-
 fn refusal_text(reply: u32) -> &'static str {
     if reply == proto::NBD_REP_ERR_TOO_BIG {
         "the option's data is longer than any that this server understands"
     } else {
         "this server does not support the option"
     }
+}
+
+fn put_context(out: &mut Vec<u8>, option: u32, id: u32, name: &str) {
+    let body = [&id.to_be_bytes(), name.as_bytes()].concat();
+    put_reply(out, option, proto::NBD_REP_META_CONTEXT, &body);
+}
+
+fn put_refusal(out: &mut Vec<u8>, option: u32, refusal: &ExportRefusal) {
+    let reply = match refusal {
+        ExportRefusal::Unknown(_) => proto::NBD_REP_ERR_UNKNOWN,
+        ExportRefusal::Policy(_) => proto::NBD_REP_ERR_POLICY,
+        ExportRefusal::Shutdown => proto::NBD_REP_ERR_SHUTDOWN,
+    };
+    put_error(out, option, reply, &refusal.to_string());
 }
 
 fn put_error(out: &mut Vec<u8>, option: u32, reply: u32, text: &str) {

@@ -79,6 +79,8 @@ pub const NBD_REP_ACK: u32 = 1;
 pub const NBD_REP_SERVER: u32 = 2;
 /// Option reply: one piece of information on an export.
 pub const NBD_REP_INFO: u32 = 3;
+/// Option reply: one metadata context.
+pub const NBD_REP_META_CONTEXT: u32 = 4;
 /// Set in every reply that is an error.
 pub const NBD_REP_FLAG_ERROR: u32 = 1 << 31;
 /// Option reply: unknown option.
@@ -119,6 +121,8 @@ pub const NBD_CMD_TRIM: u16 = 4;
 pub const NBD_CMD_CACHE: u16 = 5;
 /// Request: write zeroes.
 pub const NBD_CMD_WRITE_ZEROES: u16 = 6;
+/// Request: what the chosen metadata contexts say of the range.
+pub const NBD_CMD_BLOCK_STATUS: u16 = 7;
 
 /// Command flag: on stable storage before the reply.
 pub const NBD_CMD_FLAG_FUA: u16 = 1 << 0;
@@ -126,6 +130,8 @@ pub const NBD_CMD_FLAG_FUA: u16 = 1 << 0;
 pub const NBD_CMD_FLAG_NO_HOLE: u16 = 1 << 1;
 /// Command flag of `NBD_CMD_READ`: the data in one chunk.
 pub const NBD_CMD_FLAG_DF: u16 = 1 << 2;
+/// Command flag of `NBD_CMD_BLOCK_STATUS`: one extent of each metadata context.
+pub const NBD_CMD_FLAG_REQ_ONE: u16 = 1 << 3;
 /// Command flag of `NBD_CMD_WRITE_ZEROES`: fail rather than be slow. Not supported.
 pub const NBD_CMD_FLAG_FAST_ZERO: u16 = 1 << 4;
 /// Command flag with extended headers: the header's length is that of a payload which follows it.
@@ -139,8 +145,20 @@ pub const NBD_REPLY_TYPE_NONE: u16 = 0;
 pub const NBD_REPLY_TYPE_OFFSET_DATA: u16 = 1;
 /// Chunk: the part of a read from this offset on, so many bytes, is zeroes.
 pub const NBD_REPLY_TYPE_OFFSET_HOLE: u16 = 2;
+/// Chunk: what one metadata context says, lengths of 32 bits.
+pub const NBD_REPLY_TYPE_BLOCK_STATUS: u16 = 5;
+/// Chunk: what one metadata context says, lengths of 64 bits.
+pub const NBD_REPLY_TYPE_BLOCK_STATUS_EXT: u16 = 6;
 /// Chunk: an error, with a text for people.
 pub const NBD_REPLY_TYPE_ERROR: u16 = (1 << 15) + 1;
+
+/// Status flag of `base:allocation`: takes no space.
+pub const NBD_STATE_HOLE: u32 = 1 << 0;
+/// Status flag of `base:allocation`: reads as zeroes.
+pub const NBD_STATE_ZERO: u32 = 1 << 1;
+/// Status flag of `blkrepl:dirty`, not of the specification: a replica that is missing or not complete lacks some
+/// of it.
+pub const BLKREPL_STATE_DIRTY: u32 = 1 << 0;
 
 /// Length of the greeting in bytes.
 pub const GREETING_LEN: usize = 18;
@@ -407,6 +425,12 @@ pub fn encode_extended_chunk(
     out[16..24].copy_from_slice(&offset.to_be_bytes());
     out[24..32].copy_from_slice(&len.to_be_bytes());
     out
+}
+
+/// A string as the specification defines it: UTF-8, no NUL, at most 4096 bytes.
+pub(crate) fn parse_string(bytes: &[u8]) -> Option<&str> {
+    let text = std::str::from_utf8(bytes).ok()?;
+    (text.len() <= STRING_BYTES_MAX && !text.contains('\0')).then_some(text)
 }
 
 /// The 16 bits at `at`. The caller has checked the length.

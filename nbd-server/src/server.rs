@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
+use crate::context::Contexts;
 use crate::export::{Attached, ExportInfo, Exports, Replies};
 use crate::listen::{Accepted, ListenAddr, ListenError, Listener};
 use crate::negotiate::{CloseReason, Negotiation, OPTION_BYTES_MAX, Progress, Want};
@@ -161,7 +162,7 @@ async fn serve(mut stream: Accepted, peer: &str, exports: &dyn Exports, timeout:
             Accepted::Unix(stream) => negotiate(stream, exports).await,
         }
     };
-    let (info, replies) = match tokio::time::timeout(timeout, negotiation).await {
+    let (info, replies, contexts) = match tokio::time::timeout(timeout, negotiation).await {
         Ok(Ok(Ok(agreed))) => agreed,
         Ok(Ok(Err(reason))) => return tracing::debug!(peer, "NBD negotiation ended: {reason}"),
         Ok(Err(e)) => return tracing::debug!(peer, "NBD connection lost in the negotiation: {e}"),
@@ -170,7 +171,7 @@ async fn serve(mut stream: Accepted, peer: &str, exports: &dyn Exports, timeout:
     match into_fd(stream) {
         Ok(fd) => {
             tracing::debug!(peer, export = info.name, "NBD client attached");
-            let protocol = Box::new(Session::new(&info, replies));
+            let protocol = Box::new(Session::new(&info, replies).with_contexts(contexts));
             exports.attach(&info.name, Attached { fd, protocol, peer: peer.to_owned() });
         }
         Err(e) => tracing::warn!(peer, "cannot hand over an NBD connection: {e}"),
@@ -181,7 +182,7 @@ async fn serve(mut stream: Accepted, peer: &str, exports: &dyn Exports, timeout:
 async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     exports: &dyn Exports,
-) -> io::Result<Result<(ExportInfo, Replies), CloseReason>> {
+) -> io::Result<Result<(ExportInfo, Replies, Contexts), CloseReason>> {
     let mut out = Vec::new();
     let mut machine = Negotiation::new(&mut out);
     // Most negotiations need a few hundred bytes; grows to the largest option data at most.
@@ -213,10 +214,10 @@ async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
         };
         match machine.advance(bytes, exports, &mut out) {
             Progress::Continue => {}
-            Progress::Transmission(info, replies) => {
+            Progress::Transmission(info, replies, contexts) => {
                 stream.write_all(&out).await?;
                 stream.flush().await?;
-                return Ok(Ok((info, replies)));
+                return Ok(Ok((info, replies, contexts)));
             }
             Progress::Close(reason) => {
                 stream.write_all(&out).await?;

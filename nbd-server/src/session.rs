@@ -7,7 +7,9 @@
 
 use blkrepl_engine::reactor::client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
 use blkrepl_engine::replica::ClientError;
+use blkrepl_engine::types::Extent;
 
+use crate::context::{Contexts, Descriptors, MetaContext};
 use crate::export::{ExportInfo, Replies};
 use crate::proto::{
     self, EXTENDED_REQUEST_LEN, ExtendedRequestHeader as Header, NbdErrno, REQUEST_LEN, RequestHeader,
@@ -15,10 +17,12 @@ use crate::proto::{
 
 /// Flags of the last chunk of a reply.
 const LAST: u16 = proto::NBD_REPLY_FLAG_DONE;
+/// Most bytes in one descriptor of 32 bits: the most that is a multiple of any smallest block.
+const DESCRIPTOR_LEN_MAX: u32 = u32::MAX - 0xffff;
 
 /// Codec of a connection. With structured replies a read is answered by one chunk that has all of its data, every
 /// error by a chunk with a text; what is done without data is answered by a simple reply, as the specification
-/// allows. With extended headers every reply is chunks.
+/// allows. With extended headers every reply is chunks. The block status is one chunk for each context.
 #[derive(Clone, Debug)]
 pub struct Session {
     size: u64,
@@ -26,6 +30,7 @@ pub struct Session {
     max_payload: u32,
     read_only: bool,
     replies: Replies,
+    contexts: Contexts,
 }
 
 impl Session {
@@ -38,7 +43,16 @@ impl Session {
             max_payload: export.max_payload,
             read_only: export.read_only,
             replies,
+            contexts: Contexts::NONE,
         }
+    }
+
+    /// The same with the metadata contexts that the client has chosen. Simple replies cannot say what they say, so
+    /// there are none.
+    #[must_use]
+    pub fn with_contexts(mut self, contexts: Contexts) -> Self {
+        self.contexts = if self.replies == Replies::Simple { Contexts::NONE } else { contexts };
+        self
     }
 
     /// Reads a request header of either form. The text of an error says what stands there instead of one.
@@ -90,6 +104,7 @@ impl Session {
             proto::NBD_CMD_TRIM => FrontOp::Trim,
             proto::NBD_CMD_WRITE_ZEROES => FrontOp::WriteZeroes,
             proto::NBD_CMD_CACHE => FrontOp::Cache,
+            proto::NBD_CMD_BLOCK_STATUS => FrontOp::BlockStatus,
             _ => return unknown(header, payload),
         };
         FrontRequest {
@@ -99,6 +114,7 @@ impl Session {
             len: header.len,
             payload,
             fua: header.flags & proto::NBD_CMD_FLAG_FUA != 0,
+            one: op == FrontOp::BlockStatus && header.flags & proto::NBD_CMD_FLAG_REQ_ONE != 0,
             error: self.check(op, header).err(),
         }
     }
@@ -111,7 +127,10 @@ impl Session {
             // Offset and length of a flush are reserved.
             return if header.offset == 0 && header.len == 0 { Ok(()) } else { Err(ClientError::Invalid) };
         }
-        if self.read_only && !matches!(op, FrontOp::Read | FrontOp::Cache) {
+        if op == FrontOp::BlockStatus && self.contexts.is_empty() {
+            return Err(ClientError::Invalid);
+        }
+        if self.read_only && matches!(op, FrontOp::Write | FrontOp::Trim | FrontOp::WriteZeroes) {
             return Err(ClientError::Invalid);
         }
         // The specification leaves a length of 0 open (but for not disconnecting). It is refused, so that
@@ -141,6 +160,7 @@ impl Session {
             FrontOp::WriteZeroes => proto::NBD_CMD_FLAG_NO_HOLE,
             FrontOp::Read if self.replies != Replies::Simple => proto::NBD_CMD_FLAG_DF,
             FrontOp::Write if self.replies == Replies::Extended => proto::NBD_CMD_FLAG_PAYLOAD_LEN,
+            FrontOp::BlockStatus => proto::NBD_CMD_FLAG_REQ_ONE,
             _ => 0,
         };
         proto::NBD_CMD_FLAG_FUA | own
@@ -181,6 +201,48 @@ impl Session {
         out.extend_from_slice(&payload_len(request).to_be_bytes());
     }
 
+    /// What the chosen metadata contexts say of the extents, a chunk for each.
+    fn put_status(&self, request: &FrontRequest, extents: &[Extent], out: &mut Vec<u8>) {
+        let last = self.contexts.iter().next_back();
+        for context in self.contexts.iter() {
+            let flags = if Some(context) == last { LAST } else { 0 };
+            self.put_context(request, context, flags, extents, out);
+        }
+    }
+
+    fn put_context(
+        &self,
+        request: &FrontRequest,
+        context: MetaContext,
+        flags: u16,
+        extents: &[Extent],
+        out: &mut Vec<u8>,
+    ) {
+        let extended = self.replies == Replies::Extended;
+        let longest = if extended { u64::MAX } else { u64::from(DESCRIPTOR_LEN_MAX) };
+        let wanted = if request.one { 1 } else { usize::MAX };
+        let descriptors = Descriptors::new(context, extents, request.len, longest).take(wanted);
+        let count = u32::try_from(descriptors.clone().count()).expect("some hundreds of extents at most");
+        if extended {
+            let kind = proto::NBD_REPLY_TYPE_BLOCK_STATUS_EXT;
+            self.put_chunk(request, flags, kind, 4 + 4 + 16 * count, out);
+            out.extend_from_slice(&context.id().to_be_bytes());
+            out.extend_from_slice(&count.to_be_bytes());
+            for (len, state) in descriptors {
+                out.extend_from_slice(&len.to_be_bytes());
+                out.extend_from_slice(&u64::from(state).to_be_bytes());
+            }
+            return;
+        }
+        self.put_chunk(request, flags, proto::NBD_REPLY_TYPE_BLOCK_STATUS, 4 + 8 * count, out);
+        out.extend_from_slice(&context.id().to_be_bytes());
+        for (len, state) in descriptors {
+            let len = u32::try_from(len).expect("a descriptor is cut to what 32 bits can say");
+            out.extend_from_slice(&len.to_be_bytes());
+            out.extend_from_slice(&state.to_be_bytes());
+        }
+    }
+
     fn put_error(&self, request: &FrontRequest, error: NbdErrno, out: &mut Vec<u8>) {
         if self.replies == Replies::Simple {
             out.extend_from_slice(&proto::encode_simple_reply(Some(error), request.handle));
@@ -204,6 +266,7 @@ fn unknown(header: &Header, payload: u64) -> FrontRequest {
         len: 0,
         payload,
         fua: false,
+        one: false,
         error: Some(ClientError::Invalid),
     }
 }
@@ -236,7 +299,7 @@ impl ClientProtocol for Session {
             Answer::Error(error) => self.put_error(request, self.errno(error, request.op), out),
             Answer::Data if self.replies != Replies::Simple => self.put_data_header(request, out),
             Answer::Zeroes => self.put_hole(request, out),
-            Answer::Extents(_) => unreachable!("no metadata context was agreed to"),
+            Answer::Extents(extents) => self.put_status(request, extents, out),
             Answer::Done if self.replies == Replies::Extended => {
                 self.put_chunk(request, LAST, proto::NBD_REPLY_TYPE_NONE, 0, out);
             }
@@ -290,6 +353,7 @@ mod tests {
             len: 512,
             payload: 512,
             fua: true,
+            one: false,
             error: None,
         };
         assert_eq!(request, expected);
@@ -314,7 +378,7 @@ mod tests {
 
     #[test]
     fn unknown_commands_and_flags_are_refused_and_the_session_goes_on() {
-        for command in [7, 8, 9, 255, u16::MAX] {
+        for command in [8, 9, 255, u16::MAX] {
             let request = parse(&mut session(), command, 0, 0, 4096);
             assert_eq!(request.error, Some(ClientError::Invalid));
             assert_eq!((request.op, request.len), (FrontOp::Flush, 0), "nothing may be drained");
@@ -480,6 +544,7 @@ mod tests {
             len: 512,
             payload: 512,
             fua: true,
+            one: false,
             error: None,
         };
         let flags = NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_PAYLOAD_LEN;
@@ -581,6 +646,143 @@ mod tests {
         }
     }
 
+    fn both(replies: Replies) -> Session {
+        Session::new(&ExportInfo::new("vol0", 1 << 40), replies).with_contexts(Contexts::all())
+    }
+
+    fn status_request(flags: u16, offset: u64, len: u64) -> FrontRequest {
+        match frame(&mut both(Replies::Extended), NBD_CMD_BLOCK_STATUS, flags, offset, len) {
+            ClientFrame::Request(request) => request,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Descriptors of each context by its number, taken from a reply whose chunks are as they should be.
+    fn statuses(
+        replies: Replies,
+        contexts: Contexts,
+        request: &FrontRequest,
+        extents: &[Extent],
+    ) -> Statuses {
+        let (mut session, mut out) = (both(replies).with_contexts(contexts), Vec::new());
+        session.reply(request, Answer::Extents(extents), &mut out);
+        let extended = replies == Replies::Extended;
+        let (mut bytes, mut found) = (&out[..], Vec::new());
+        while !bytes.is_empty() {
+            let (magic, header_len, kind) = if extended {
+                (NBD_EXTENDED_REPLY_MAGIC, EXTENDED_REPLY_LEN, NBD_REPLY_TYPE_BLOCK_STATUS_EXT)
+            } else {
+                (NBD_STRUCTURED_REPLY_MAGIC, STRUCTURED_REPLY_LEN, NBD_REPLY_TYPE_BLOCK_STATUS)
+            };
+            assert_eq!((be32(bytes, 0), be16(bytes, 6), be64(bytes, 8)), (magic, kind, request.handle));
+            let len = if extended {
+                assert_eq!(be64(bytes, 16), request.offset);
+                be64(bytes, 24) as usize
+            } else {
+                be32(bytes, 16) as usize
+            };
+            let (payload, rest) = bytes[header_len..].split_at(len);
+            let flags = if rest.is_empty() { NBD_REPLY_FLAG_DONE } else { 0 };
+            assert_eq!(be16(bytes, 4), flags, "the last chunk says so, no other does");
+            let list: Vec<(u64, u64)> = if extended {
+                assert_eq!(be32(payload, 4) as usize * 16 + 8, len, "the count is that of the descriptors");
+                payload[8..].chunks_exact(16).map(|d| (be64(d, 0), be64(d, 8))).collect()
+            } else {
+                assert!(len > 4 && (len - 4).is_multiple_of(8));
+                payload[4..].chunks_exact(8).map(|d| (be32(d, 0).into(), be32(d, 4).into())).collect()
+            };
+            found.push((be32(payload, 0), list));
+            bytes = rest;
+        }
+        found
+    }
+
+    type Statuses = Vec<(u32, Vec<(u64, u64)>)>;
+
+    fn extent(len: u64, hole: bool, dirty: bool) -> Extent {
+        Extent { len, hole, dirty }
+    }
+
+    #[test]
+    fn block_status_is_one_chunk_for_each_chosen_context() {
+        let extents = [extent(4096, false, false), extent(4096, true, false), extent(8192, true, true)];
+        let request = status_request(0, 4096, 16384);
+        assert_eq!((request.op, request.error, request.one), (FrontOp::BlockStatus, None, false));
+        let both = [(1, vec![(4096, 0), (12288, 3)]), (2, vec![(8192, 0), (8192, 1)])];
+        for replies in [Replies::Structured, Replies::Extended] {
+            let said = |contexts| statuses(replies, contexts, &request, &extents);
+            assert_eq!(said(Contexts::all()), both);
+            assert_eq!(said([MetaContext::Allocation].into_iter().collect()), both[..1]);
+            assert_eq!(said([MetaContext::Dirty].into_iter().collect()), both[1..]);
+        }
+    }
+
+    #[test]
+    fn req_one_brings_exactly_one_descriptor_of_each_context() {
+        let extents = [extent(4096, true, false), extent(4096, true, true), extent(8192, false, true)];
+        let request = status_request(NBD_CMD_FLAG_REQ_ONE, 0, 16384);
+        assert_eq!((request.error, request.one), (None, true));
+        let expected = [(1, vec![(8192, 3)]), (2, vec![(4096, 0)])];
+        for replies in [Replies::Structured, Replies::Extended] {
+            assert_eq!(statuses(replies, Contexts::all(), &request, &extents), expected);
+        }
+        let short = status_request(NBD_CMD_FLAG_REQ_ONE, 0, 100);
+        let expected = [(1, vec![(100, 3)]), (2, vec![(100, 0)])];
+        assert_eq!(statuses(Replies::Structured, Contexts::all(), &short, &extents), expected);
+    }
+
+    #[test]
+    fn a_descriptor_of_32_bits_is_cut_and_one_of_64_bits_is_not() {
+        let extents = [extent(4096, true, false), extent(1 << 39, false, false)];
+        let request = status_request(0, 0, 1 << 39);
+        let said = statuses(Replies::Extended, Contexts::all(), &request, &extents);
+        assert_eq!(said[0], (1, vec![(4096, 3), ((1 << 39) - 4096, 0)]));
+        let said = statuses(Replies::Structured, Contexts::all(), &request, &extents);
+        let cut = u64::from(DESCRIPTOR_LEN_MAX);
+        assert_eq!(said, [(1, vec![(4096, 3), (cut, 0)]), (2, vec![(cut, 0)])]);
+        assert!(cut < 1 << 32 && cut.is_multiple_of(65536));
+    }
+
+    #[test]
+    fn block_status_without_a_context_is_invalid() {
+        assert_eq!(error(NBD_CMD_BLOCK_STATUS, 0, 0, 4096), Some(ClientError::Invalid));
+        let request = parse_extended(NBD_CMD_BLOCK_STATUS, 0, 0, 4096);
+        assert_eq!((request.error, request.payload), (Some(ClientError::Invalid), 0));
+        // Nor can simple replies tell what a context says.
+        let mut simple = both(Replies::Simple);
+        let request = parse(&mut simple, NBD_CMD_BLOCK_STATUS, 0, 0, 4096);
+        assert_eq!(request.error, Some(ClientError::Invalid));
+    }
+
+    #[test]
+    fn block_status_is_refused_past_the_end_and_of_nothing() {
+        assert_eq!(status_request(0, 0, 1 << 40).error, None);
+        assert_eq!(status_request(NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_REQ_ONE, 513, 1).error, None);
+        for (offset, len) in [(0, 0), (0, (1 << 40) + 1), (1 << 40, 1), (u64::MAX, 1), (1, u64::MAX)] {
+            assert_eq!(status_request(0, offset, len).error, Some(ClientError::Invalid));
+        }
+        for flags in [NBD_CMD_FLAG_DF, NBD_CMD_FLAG_NO_HOLE, NBD_CMD_FLAG_FAST_ZERO, NBD_CMD_FLAG_PAYLOAD_LEN]
+        {
+            assert_eq!(status_request(flags, 0, 4096).error, Some(ClientError::Invalid));
+        }
+        let export = ExportInfo { read_only: true, ..ExportInfo::new("vol0", SIZE) };
+        let mut session = Session::new(&export, Replies::Structured).with_contexts(Contexts::all());
+        assert_eq!(parse(&mut session, NBD_CMD_BLOCK_STATUS, 0, 0, 4096).error, None);
+    }
+
+    #[test]
+    fn the_block_status_of_256_extents_has_at_most_12_kib() {
+        let extents: Vec<Extent> = (0..256).map(|n| extent(4096, n % 2 == 0, n % 2 == 0)).collect();
+        let request = status_request(0, 0, 256 * 4096);
+        for replies in [Replies::Structured, Replies::Extended] {
+            let said = statuses(replies, Contexts::all(), &request, &extents);
+            assert!(said.iter().all(|(_, list)| list.len() == 256));
+            let mut out = Vec::new();
+            both(replies).reply(&request, Answer::Extents(&extents), &mut out);
+            assert!(out.len() <= 12 << 10, "{} bytes", out.len());
+        }
+    }
+
     #[test]
     fn disc_disconnects_and_a_wrong_magic_is_a_violation() {
         let mut session = session();
@@ -606,7 +808,7 @@ mod tests {
                     prop_assert!(request.len > 0 || request.op == FrontOp::Flush);
                 }
                 if request.op == FrontOp::Write {
-                    prop_assert_eq!(request.payload, u64::from(len), "a write's payload always has the header's length");
+                    prop_assert_eq!(request.payload, u64::from(len), "a write's payload has the header's length");
                 }
             } else {
                 prop_assert_eq!(command, NBD_CMD_DISC);
@@ -633,6 +835,8 @@ mod tests {
                 return Ok(());
             };
             let writes = [NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES].contains(&command);
+            // No context was chosen, so it is always refused.
+            let status = command == NBD_CMD_BLOCK_STATUS;
             let known = writes || [NBD_CMD_READ, NBD_CMD_FLUSH, NBD_CMD_CACHE].contains(&command);
             let allowed = if command == NBD_CMD_WRITE_ZEROES { 0b11 } else { 0b01 };
             let malformed = !known || flags & !allowed != 0;
@@ -651,8 +855,8 @@ mod tests {
                 past.then_some(ClientError::Invalid)
             };
             prop_assert_eq!(request.error, expected);
-            prop_assert_eq!((request.offset, request.len), (offset, if known { u64::from(len) } else { 0 }));
-            prop_assert_eq!(request.fua, known && flags & NBD_CMD_FLAG_FUA != 0);
+            prop_assert_eq!((request.offset, request.len), (offset, if known || status { u64::from(len) } else { 0 }));
+            prop_assert_eq!(request.fua, (known || status) && flags & NBD_CMD_FLAG_FUA != 0);
         }
 
         /// What an extended header says is refused for the same reasons as the compact one that says the same; and
@@ -666,8 +870,8 @@ mod tests {
             read_only in any::<bool>(),
         ) {
             let export = ExportInfo { read_only, ..ExportInfo::new("vol0", SIZE) };
-            let (mut wide, mut narrow) =
-                (Session::new(&export, Replies::Extended), Session::new(&export, Replies::Structured));
+            let of = |replies| Session::new(&export, replies).with_contexts(Contexts::all());
+            let (mut wide, mut narrow) = (of(Replies::Extended), of(Replies::Structured));
             let announced = flags & NBD_CMD_FLAG_PAYLOAD_LEN != 0;
             let request = match frame(&mut wide, command, flags, offset, len) {
                 ClientFrame::Request(request) => request,

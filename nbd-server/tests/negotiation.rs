@@ -6,7 +6,7 @@ use blkrepl_nbd::negotiate::{
     CloseReason, Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, OPTIONS_MAX, Progress, Want,
 };
 use blkrepl_nbd::proto::*;
-use blkrepl_nbd::{Attached, ExportInfo, ExportRefusal, Exports, Replies};
+use blkrepl_nbd::{Attached, Contexts, ExportInfo, ExportRefusal, Exports, MetaContext, Replies};
 use proptest::prelude::*;
 
 const SIZE: u64 = 1 << 30;
@@ -68,6 +68,11 @@ fn feed(mut input: &[u8], exports: &dyn Exports) -> Outcome {
         progress = machine.advance(if discard { &[] } else { bytes }, exports, &mut out);
     }
     Outcome { sent: out, progress, left: input.len() }
+}
+
+/// The transmission phase, with no metadata context.
+fn entered(export: ExportInfo, replies: Replies) -> Progress {
+    Progress::Transmission(export, replies, Contexts::NONE)
 }
 
 fn client_flags(flags: u32) -> Vec<u8> {
@@ -151,7 +156,7 @@ fn the_transmission_flags_are_those_that_are_kept() {
 
 #[test]
 fn structured_replies_are_agreed_to_and_df_is_announced_only_then() {
-    let structured = option(NBD_OPT_STRUCTURED_REPLY, b"");
+    let structured = structured();
     assert_eq!(replies_to(&structured, &ALL), [(NBD_OPT_STRUCTURED_REPLY, NBD_REP_ACK, Vec::new())]);
     for last in [option(NBD_OPT_EXPORT_NAME, b"vol0"), info(NBD_OPT_GO, "vol0", &[])] {
         let outcome = feed(&[fixed(), structured.clone(), last].concat(), &ALL);
@@ -159,7 +164,7 @@ fn structured_replies_are_agreed_to_and_df_is_announced_only_then() {
         let flags = export.transmission_flags(Replies::Structured).to_be_bytes();
         let announced = [&SIZE.to_be_bytes()[..], &flags].concat();
         assert!(outcome.sent.windows(10).any(|bytes| bytes == announced), "{:x?}", outcome.sent);
-        assert_eq!(outcome.progress, Progress::Transmission(export, Replies::Structured));
+        assert_eq!(outcome.progress, entered(export, Replies::Structured));
     }
 }
 
@@ -168,7 +173,7 @@ fn structured_replies_are_not_agreed_to_with_data() {
     let bad = option(NBD_OPT_STRUCTURED_REPLY, b"1");
     assert_refused(&bad, NBD_OPT_STRUCTURED_REPLY, NBD_REP_ERR_INVALID, "no data");
     let outcome = feed(&[fixed(), bad, info(NBD_OPT_GO, "vol0", &[])].concat(), &ALL);
-    assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE), Replies::Simple));
+    assert_eq!(outcome.progress, entered(ExportInfo::new("vol0", SIZE), Replies::Simple));
 }
 
 fn extended() -> Vec<u8> {
@@ -178,7 +183,7 @@ fn extended() -> Vec<u8> {
 /// The replies that a session with these options ends in.
 fn agreed(options: &[Vec<u8>]) -> Replies {
     let outcome = feed(&[fixed(), options.concat(), info(NBD_OPT_GO, "vol0", &[])].concat(), &ALL);
-    let Progress::Transmission(_, replies) = outcome.progress else { panic!("{:?}", outcome.progress) };
+    let Progress::Transmission(_, replies, _) = outcome.progress else { panic!("{:?}", outcome.progress) };
     replies
 }
 
@@ -195,7 +200,7 @@ fn extended_headers_are_agreed_to_with_and_without_structured_replies_before() {
 
 #[test]
 fn structured_replies_after_extended_headers_are_refused_and_change_nothing() {
-    let structured = option(NBD_OPT_STRUCTURED_REPLY, b"");
+    let structured = structured();
     let said = replies_to(&[extended(), structured.clone()].concat(), &ALL);
     assert_eq!((said[1].0, said[1].1), (NBD_OPT_STRUCTURED_REPLY, NBD_REP_ERR_EXT_HEADER_REQD));
     assert_eq!(agreed(&[extended(), structured]), Replies::Extended);
@@ -214,6 +219,190 @@ fn export_name_after_extended_headers_closes() {
     assert_eq!(outcome.progress, Progress::Close(CloseReason::ExportNameExtended));
 }
 
+fn structured() -> Vec<u8> {
+    option(NBD_OPT_STRUCTURED_REPLY, b"")
+}
+
+fn contexts_data(name: &[u8], queries: &[&str]) -> Vec<u8> {
+    let string = |text: &[u8]| [&u32::try_from(text.len()).unwrap().to_be_bytes()[..], text].concat();
+    let queries: Vec<Vec<u8>> = queries.iter().map(|query| string(query.as_bytes())).collect();
+    let count = u32::try_from(queries.len()).unwrap();
+    [string(name), count.to_be_bytes().to_vec(), queries.concat()].concat()
+}
+
+fn list_contexts(queries: &[&str]) -> Vec<u8> {
+    option(NBD_OPT_LIST_META_CONTEXT, &contexts_data(b"vol0", queries))
+}
+
+fn set_contexts(name: &str, queries: &[&str]) -> Vec<u8> {
+    option(NBD_OPT_SET_META_CONTEXT, &contexts_data(name.as_bytes(), queries))
+}
+
+const BOTH: [&str; 2] = ["base:allocation", "blkrepl:dirty"];
+
+/// The names and numbers of the contexts that the last option is answered, all of whose replies are as they should
+/// be.
+fn contexts_of(options: &[Vec<u8>]) -> Vec<(u32, String)> {
+    let before = feed(&[fixed(), options[..options.len() - 1].concat()].concat(), &ALL).sent.len();
+    let sent = feed(&[fixed(), options.concat()].concat(), &ALL).sent;
+    let mut said = replies(&sent[before..]);
+    let (option, last, nothing) = said.pop().unwrap();
+    assert_eq!((last, nothing), (NBD_REP_ACK, Vec::new()));
+    let context = |(of, reply, data): (u32, u32, Vec<u8>)| {
+        assert_eq!((of, reply), (option, NBD_REP_META_CONTEXT));
+        let (id, name) = data.split_first_chunk().unwrap();
+        (u32::from_be_bytes(*id), String::from_utf8(name.to_vec()).unwrap())
+    };
+    said.into_iter().map(context).collect()
+}
+
+/// The names of the contexts that a session with these options ends in, with `NBD_OPT_GO` to `name`.
+fn chosen(options: &[Vec<u8>], name: &str, exports: &dyn Exports) -> Vec<&'static str> {
+    let outcome = feed(&[fixed(), options.concat(), info(NBD_OPT_GO, name, &[])].concat(), exports);
+    let Progress::Transmission(_, _, contexts) = outcome.progress else { panic!("{:?}", outcome.progress) };
+    contexts.iter().map(MetaContext::name).collect()
+}
+
+#[test]
+fn listing_contexts_without_a_query_lists_all_with_number_0() {
+    for form in [structured(), extended()] {
+        let all = contexts_of(&[form, list_contexts(&[])]);
+        assert_eq!(all, BOTH.map(|name| (0, name.to_owned())));
+    }
+}
+
+#[test]
+fn listing_contexts_takes_a_namespace_as_wildcard() {
+    let list = |queries: &[&str]| -> Vec<String> {
+        contexts_of(&[structured(), list_contexts(queries)]).into_iter().map(|(_, name)| name).collect()
+    };
+    assert_eq!(list(&["base:"]), BOTH[..1]);
+    assert_eq!(list(&["blkrepl:"]), BOTH[1..]);
+    assert_eq!(list(&["blkrepl:", "base:", "base:allocation"]), BOTH);
+    assert_eq!(list(&["blkrepl:dirty"]), BOTH[1..]);
+}
+
+#[test]
+fn queries_of_unknown_namespaces_and_leaf_names_are_passed_over() {
+    let strange =
+        ["qemu:dirty-bitmap:x", "x-none:", "base:none", "blkrepl:none", "base", "", ":", "BASE:allocation"];
+    assert_eq!(contexts_of(&[structured(), list_contexts(&strange)]), []);
+    assert_eq!(contexts_of(&[structured(), set_contexts("vol0", &strange)]), []);
+    let mixed = [&strange[..], &BOTH[1..]].concat();
+    assert_eq!(contexts_of(&[structured(), list_contexts(&mixed)]), [(0, BOTH[1].to_owned())]);
+    assert_eq!(chosen(&[structured(), set_contexts("vol0", &mixed)], "vol0", &ALL), BOTH[1..]);
+}
+
+#[test]
+fn setting_contexts_answers_each_once_with_a_number_of_its_own() {
+    let twice = [BOTH[1], BOTH[0], BOTH[1]];
+    let set = contexts_of(&[structured(), set_contexts("vol0", &twice)]);
+    assert_eq!(set, [(1, BOTH[0].to_owned()), (2, BOTH[1].to_owned())]);
+    assert_eq!(chosen(&[extended(), set_contexts("vol0", &BOTH)], "vol0", &ALL), BOTH);
+}
+
+#[test]
+fn setting_contexts_selects_none_by_wildcards_or_without_queries() {
+    for queries in [&["base:", "blkrepl:"][..], &[]] {
+        assert_eq!(contexts_of(&[structured(), set_contexts("vol0", queries)]), []);
+        assert!(chosen(&[structured(), set_contexts("vol0", queries)], "vol0", &ALL).is_empty());
+    }
+}
+
+#[test]
+fn contexts_need_structured_replies_or_extended_headers_first() {
+    for set in [set_contexts("vol0", &BOTH), list_contexts(&[])] {
+        let kind = u32::from(set[11]);
+        assert_refused(&set, kind, NBD_REP_ERR_INVALID, "come first");
+    }
+    assert!(chosen(&[set_contexts("vol0", &BOTH), structured()], "vol0", &ALL).is_empty());
+}
+
+#[test]
+fn setting_contexts_replaces_those_before() {
+    let first = set_contexts("vol0", &BOTH);
+    let second = set_contexts("vol0", &BOTH[..1]);
+    assert_eq!(chosen(&[structured(), first.clone(), second], "vol0", &ALL), BOTH[..1]);
+    let listed = list_contexts(&[]);
+    assert_eq!(chosen(&[structured(), first.clone(), listed], "vol0", &ALL), BOTH, "a list changes nothing");
+    assert_eq!(chosen(&[structured(), first.clone(), extended()], "vol0", &ALL), BOTH);
+    // So does one that fails, whatever of it is wrong.
+    let failing = [
+        set_contexts("none", &BOTH),
+        set_contexts("away", &BOTH),
+        set_contexts("late", &BOTH),
+        option(NBD_OPT_SET_META_CONTEXT, b"x"),
+        option(NBD_OPT_SET_META_CONTEXT, b""),
+        option(NBD_OPT_SET_META_CONTEXT, &[0; OPTION_BYTES_MAX as usize + 1]),
+    ];
+    for failing in failing {
+        assert!(chosen(&[structured(), first.clone(), failing], "vol0", &ALL).is_empty());
+    }
+}
+
+#[test]
+fn contexts_hold_for_the_export_that_they_were_set_for() {
+    let two = Fixed(&["vol0", "vol1"]);
+    let set = [structured(), set_contexts("vol0", &BOTH)];
+    assert_eq!(chosen(&set, "vol0", &two), BOTH);
+    assert!(chosen(&set, "vol1", &two).is_empty());
+    let between = info(NBD_OPT_INFO, "vol1", &[]);
+    assert_eq!(chosen(&[set.concat(), between], "vol0", &two), BOTH, "a look at another is no choice");
+    for (name, expected) in [(&b"vol0"[..], &BOTH[..]), (b"vol1", &[])] {
+        let outcome = feed(&[fixed(), set.concat(), option(NBD_OPT_EXPORT_NAME, name)].concat(), &two);
+        let Progress::Transmission(_, _, contexts) = outcome.progress else {
+            panic!("{:?}", outcome.progress)
+        };
+        assert_eq!(contexts.iter().map(MetaContext::name).collect::<Vec<_>>(), expected);
+    }
+    // The only volume is the one that the empty name means.
+    let set = [structured(), set_contexts("", &BOTH)];
+    assert_eq!(chosen(&set, "", &Fixed(&["vol0"])), BOTH);
+    assert_eq!(chosen(&set, "vol0", &Fixed(&["vol0"])), BOTH);
+}
+
+#[test]
+fn contexts_of_exports_that_are_not_served_are_refused_with_the_reason() {
+    for kind in [NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT] {
+        let cases = [
+            ("away", NBD_REP_ERR_POLICY),
+            ("none", NBD_REP_ERR_UNKNOWN),
+            ("late", NBD_REP_ERR_SHUTDOWN),
+            ("", NBD_REP_ERR_UNKNOWN),
+        ];
+        for (name, reply) in cases {
+            let asked = option(kind, &contexts_data(name.as_bytes(), &BOTH));
+            let said = replies_to(&[structured(), asked].concat(), &ALL);
+            assert_eq!((said.len(), said[1].0, said[1].1), (2, kind, reply), "{name}");
+        }
+    }
+}
+
+#[test]
+fn malformed_context_requests_are_invalid() {
+    let good = contexts_data(b"vol0", &BOTH);
+    let mut cases: Vec<Vec<u8>> = (0..good.len()).map(|len| good[..len].to_vec()).collect();
+    cases.push([&good[..], &[0]].concat());
+    cases.push(contexts_data(b"\xff", &[]));
+    cases.push(contexts_data(b"vol0", &["base:\0"]));
+    cases.push(contexts_data(b"vol0", &[&format!("x-a:{}", "b".repeat(STRING_BYTES_MAX))]));
+    cases.push([&contexts_data(b"vol0", &[])[..8], &u32::MAX.to_be_bytes()].concat());
+    for data in cases {
+        for kind in [NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT] {
+            let said = replies_to(&[structured(), option(kind, &data)].concat(), &ALL);
+            assert_eq!((said.len(), said[1].0, said[1].1), (2, kind, NBD_REP_ERR_INVALID), "{data:x?}");
+        }
+    }
+}
+
+#[test]
+fn the_longest_queries_pass() {
+    let long = format!("x-a:{}", "b".repeat(STRING_BYTES_MAX - 4));
+    let name = "x".repeat(STRING_BYTES_MAX);
+    let said = replies_to(&[structured(), set_contexts(&name, &[&long, &long])].concat(), &ALL);
+    assert_eq!(said[1].1, NBD_REP_ERR_UNKNOWN, "it was read whole");
+}
+
 #[test]
 fn client_flags_that_were_not_offered_close() {
     for flags in [1 << 2, 1 << 31, u32::MAX] {
@@ -227,7 +416,7 @@ fn client_flags_that_were_not_offered_close() {
 fn export_name_answers_with_and_without_zeroes() {
     for (flags, zeroes) in [(0, 124), (NBD_FLAG_C_FIXED_NEWSTYLE, 124), (NBD_FLAG_C_NO_ZEROES, 0), (3, 0)] {
         let outcome = feed(&[client_flags(flags), option(NBD_OPT_EXPORT_NAME, b"vol0")].concat(), &ALL);
-        assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE), Replies::Simple));
+        assert_eq!(outcome.progress, entered(ExportInfo::new("vol0", SIZE), Replies::Simple));
         let mut expected = export_reply()[2..].to_vec();
         expected.resize(expected.len() + zeroes, 0);
         assert_eq!(outcome.sent, expected);
@@ -250,7 +439,7 @@ fn go_enters_transmission_and_reads_nothing_behind_it() {
     let request = RequestHeader { flags: 0, command: NBD_CMD_FLUSH, handle: 1, offset: 0, len: 0 }.encode();
     let input = [&fixed()[..], &info(NBD_OPT_GO, "vol0", &[]), &request].concat();
     let outcome = feed(&input, &ALL);
-    assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE), Replies::Simple));
+    assert_eq!(outcome.progress, entered(ExportInfo::new("vol0", SIZE), Replies::Simple));
     assert_eq!(outcome.left, REQUEST_LEN);
     let expected = [(NBD_OPT_GO, NBD_REP_INFO, export_reply()), (NBD_OPT_GO, NBD_REP_ACK, Vec::new())];
     assert_eq!(replies(&outcome.sent), expected);
@@ -297,7 +486,7 @@ fn the_empty_name_means_the_only_volume() {
         assert_eq!(none.progress, Progress::Continue);
     }
     let outcome = feed(&[fixed(), option(NBD_OPT_EXPORT_NAME, b"")].concat(), &Fixed(&["vol0"]));
-    assert_eq!(outcome.progress, Progress::Transmission(ExportInfo::new("vol0", SIZE), Replies::Simple));
+    assert_eq!(outcome.progress, entered(ExportInfo::new("vol0", SIZE), Replies::Simple));
     let outcome = feed(&[fixed(), option(NBD_OPT_EXPORT_NAME, b"")].concat(), &ALL);
     assert!(matches!(outcome.progress, Progress::Close(CloseReason::ExportNameRefused { .. })));
 }
@@ -350,16 +539,7 @@ fn abort_is_acknowledged_with_and_without_data() {
 
 #[test]
 fn other_options_are_unsupported_and_the_session_goes_on() {
-    let options = [
-        0,
-        4,
-        NBD_OPT_STARTTLS,
-        NBD_OPT_LIST_META_CONTEXT,
-        NBD_OPT_SET_META_CONTEXT,
-        12,
-        0x7fff_ffff,
-        u32::MAX,
-    ];
+    let options = [0, 4, NBD_OPT_STARTTLS, 12, 0x7fff_ffff, u32::MAX];
     for kind in options {
         for len in [0, 1, 100, 70_000, OPTION_DRAIN_MAX as usize] {
             assert_refused(&option(kind, &vec![7; len]), kind, NBD_REP_ERR_UNSUP, "does not support");
@@ -369,7 +549,9 @@ fn other_options_are_unsupported_and_the_session_goes_on() {
 
 #[test]
 fn data_that_is_too_long_is_drained_up_to_a_limit() {
-    for kind in [NBD_OPT_LIST, NBD_OPT_INFO, NBD_OPT_GO, NBD_OPT_ABORT] {
+    let known = [NBD_OPT_LIST, NBD_OPT_INFO, NBD_OPT_GO, NBD_OPT_ABORT];
+    let contexts = [NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT];
+    for kind in known.into_iter().chain(contexts) {
         for len in [OPTION_BYTES_MAX as usize + 1, OPTION_DRAIN_MAX as usize] {
             assert_refused(&option(kind, &vec![0; len]), kind, NBD_REP_ERR_TOO_BIG, "longer");
         }
@@ -427,11 +609,20 @@ fn a_refusal_longer_than_a_string_may_be_is_cut() {
     assert_eq!(replies.len(), 3);
 }
 
+/// It is the last of its option's replies.
+fn is_final((_, reply, _): &(u32, u32, Vec<u8>)) -> bool {
+    ![NBD_REP_INFO, NBD_REP_SERVER, NBD_REP_META_CONTEXT].contains(reply)
+}
+
+const QUERIES: [&str; 5] = ["base:", "base:allocation", "blkrepl:dirty", "x-none:", "colonless"];
+
 fn any_option() -> impl Strategy<Value = Vec<u8>> {
     let data = prop_oneof![
         proptest::collection::vec(any::<u8>(), 0..64),
         ("(vol0|away|late|none|)", proptest::collection::vec(0u16..5, 0..4))
             .prop_map(|(name, wanted)| info_data(name.as_bytes(), &wanted)),
+        ("(vol0|away|late|none|)", proptest::collection::vec(prop::sample::select(&QUERIES[..]), 0..4))
+            .prop_map(|(name, queries)| contexts_data(name.as_bytes(), &queries)),
     ];
     (0u32..13, data).prop_map(|(kind, data)| option(kind, &data))
 }
@@ -450,15 +641,21 @@ proptest! {
     #[test]
     fn each_option_is_answered_as_the_model_says(
         options in proptest::collection::vec(
-            (0u32..13, "(vol0|away|late|none|)", proptest::collection::vec(0u16..5, 0..4), 0u8..8), 0..10),
+            (0u32..13, "(vol0|away|late|none|)", proptest::collection::vec(0u16..5, 0..4), 0u8..8), 0..14),
     ) {
         let mut input = fixed();
         let mut expected = Vec::new();
         let mut goes_on = true;
-        let mut extended = false;
+        let (mut form, mut selected) = (Replies::Simple, Vec::new());
         for (kind, name, wanted, shape) in options {
-            // Mostly data as `NBD_OPT_GO` has them; none, a byte too few, or more than is looked at.
-            let whole = info_data(name.as_bytes(), &wanted);
+            // Mostly data as such an option has them; none, a byte too few, or more than is looked at.
+            let contexts = [NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT].contains(&kind);
+            let queries: Vec<&str> = wanted.iter().map(|n| QUERIES[usize::from(*n)]).collect();
+            let whole = if contexts {
+                contexts_data(name.as_bytes(), &queries)
+            } else {
+                info_data(name.as_bytes(), &wanted)
+            };
             let data = match shape {
                 0 => Vec::new(),
                 1 => whole[..whole.len() - 1].to_vec(),
@@ -471,7 +668,7 @@ proptest! {
             }
             let known = [
                 NBD_OPT_ABORT, NBD_OPT_LIST, NBD_OPT_INFO, NBD_OPT_GO, NBD_OPT_STRUCTURED_REPLY,
-                NBD_OPT_EXTENDED_HEADERS,
+                NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT, NBD_OPT_EXTENDED_HEADERS,
             ];
             let no_data = [NBD_OPT_LIST, NBD_OPT_STRUCTURED_REPLY, NBD_OPT_EXTENDED_HEADERS].contains(&kind);
             let reply = match kind {
@@ -481,9 +678,9 @@ proptest! {
                 _ if shape == 2 => Some(NBD_REP_ERR_TOO_BIG),
                 NBD_OPT_ABORT => Some(NBD_REP_ACK),
                 _ if no_data && !data.is_empty() => Some(NBD_REP_ERR_INVALID),
-                NBD_OPT_STRUCTURED_REPLY if extended => Some(NBD_REP_ERR_EXT_HEADER_REQD),
+                NBD_OPT_STRUCTURED_REPLY if form == Replies::Extended => Some(NBD_REP_ERR_EXT_HEADER_REQD),
                 _ if no_data => Some(NBD_REP_ACK),
-                _ if shape < 2 => Some(NBD_REP_ERR_INVALID),
+                _ if shape < 2 || contexts && form == Replies::Simple => Some(NBD_REP_ERR_INVALID),
                 _ => Some(match name.as_str() {
                     "vol0" => NBD_REP_ACK,
                     "away" => NBD_REP_ERR_POLICY,
@@ -491,18 +688,29 @@ proptest! {
                     _ => NBD_REP_ERR_UNKNOWN,
                 }),
             };
-            extended |= kind == NBD_OPT_EXTENDED_HEADERS && reply == Some(NBD_REP_ACK);
+            match (kind, reply == Some(NBD_REP_ACK)) {
+                (NBD_OPT_STRUCTURED_REPLY, true) => form = Replies::Structured,
+                (NBD_OPT_EXTENDED_HEADERS, true) => form = Replies::Extended,
+                (NBD_OPT_SET_META_CONTEXT, true) => {
+                    selected = BOTH.into_iter().filter(|name| queries.contains(name)).collect();
+                }
+                (NBD_OPT_SET_META_CONTEXT, false) => selected.clear(),
+                _ => {}
+            }
             let entered = kind == NBD_OPT_GO && reply == Some(NBD_REP_ACK);
             let aborted = kind == NBD_OPT_ABORT && reply == Some(NBD_REP_ACK);
             goes_on = reply.is_some() && !entered && !aborted;
             expected.extend(reply.map(|reply| (kind, reply)));
         }
         let outcome = feed(&input, &ALL);
-        let is_final = |r: &(u32, u32, Vec<u8>)| ![NBD_REP_INFO, NBD_REP_SERVER].contains(&r.1);
         let finals: Vec<(u32, u32)> =
             replies(&outcome.sent).into_iter().filter(is_final).map(|r| (r.0, r.1)).collect();
         prop_assert_eq!(finals, expected);
         prop_assert_eq!(outcome.progress == Progress::Continue, goes_on);
+        if let Progress::Transmission(_, replies, contexts) = outcome.progress {
+            prop_assert_eq!(replies, form);
+            prop_assert_eq!(contexts.iter().map(MetaContext::name).collect::<Vec<_>>(), selected);
+        }
     }
 
     #[test]
@@ -510,8 +718,7 @@ proptest! {
         let outcome = feed(&[fixed(), options.concat()].concat(), &ALL);
         if outcome.progress == Progress::Continue {
             prop_assert_eq!(outcome.left, 0);
-            let is_final = |r: &&(u32, u32, Vec<u8>)| ![NBD_REP_INFO, NBD_REP_SERVER].contains(&r.1);
-            let finals = replies(&outcome.sent).iter().filter(is_final).count();
+            let finals = replies(&outcome.sent).into_iter().filter(is_final).count();
             prop_assert_eq!(finals, options.len(), "each option has exactly one final reply");
         }
     }

@@ -77,6 +77,8 @@ pub struct FrontRequest {
     pub payload: u64,
     /// Stable on all of the ack set before the reply.
     pub fua: bool,
+    /// Of a [`FrontOp::BlockStatus`]: only the first of the extents is wanted, so its protocol tells no more.
+    pub one: bool,
     /// Set if the request is already known to be refused: drain its payload, then answer this error. Nothing
     /// else is to be done for it.
     pub error: Option<ClientError>,

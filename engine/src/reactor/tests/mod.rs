@@ -350,7 +350,7 @@ impl ClientProtocol for Toy {
         let (handle, offset, fua) = (number(2), number(10), header[1] == 1);
         let len = u64::from(len);
         let payload = if op == FrontOp::Write { len } else { 0 };
-        ClientFrame::Request(FrontRequest { handle, op, offset, len, payload, fua, error: None })
+        ClientFrame::Request(FrontRequest { handle, op, offset, len, payload, fua, one: false, error: None })
     }
 
     fn reply(&mut self, request: &FrontRequest, answer: Answer<'_>, out: &mut Vec<u8>) {
