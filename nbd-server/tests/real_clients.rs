@@ -7,6 +7,7 @@ mod common;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use blkrepl_nbd::ExportRefusal;
 use common::{Manner, Memory, TestServer, Volume, pattern};
@@ -146,6 +147,125 @@ fn qemu_io_patterns_hold() {
     args.push(&uri);
     let Some(text) = run_ok("qemu-io", &args) else { return };
     assert!(!text.contains("verification failed") && !text.contains("error"), "{text}");
+}
+
+/// A server with a volume that has holes, all but 4 MiB to 12 MiB.
+fn with_holes(seed: u64) -> (TestServer, Arc<Volume>) {
+    let volume = Volume::new(SIZE, Manner::InOrder);
+    volume.data.lock().unwrap()[4 << 20..12 << 20].copy_from_slice(&pattern(seed, 8 << 20));
+    (TestServer::start(Memory::one(&volume)), volume)
+}
+
+/// The numbers that follow `"name":` in a JSON text, one after the other.
+fn numbers(json: &str, name: &str) -> Vec<u64> {
+    let json: String = json.split_whitespace().collect();
+    let key = format!("\"{name}\":");
+    let after = json.split(&key).skip(1);
+    after.map(|rest| rest.split([',', '}', ']']).next().unwrap().parse().unwrap()).collect()
+}
+
+/// Starts, lengths and states as a map of `base:allocation` has them.
+const HOLES: [(u64, u64, u64); 3] =
+    [(0, 4 << 20, 3), (4 << 20, 8 << 20, 0), (12 << 20, (SIZE as u64) - (12 << 20), 3)];
+
+#[test]
+fn nbdinfo_maps_holes() {
+    let (server, _) = with_holes(13);
+    let uri = server.unix("vol0").to_string();
+    let Some(map) = run_ok("nbdinfo", &["--map", "--json", &uri]) else { return };
+    let found: Vec<_> = std::iter::zip(numbers(&map, "offset"), numbers(&map, "length")).collect();
+    let found: Vec<_> = std::iter::zip(found, numbers(&map, "type")).map(|((o, l), t)| (o, l, t)).collect();
+    assert_eq!(found, HOLES, "{map}");
+    let text = run_ok("nbdinfo", &["--map", &uri]).unwrap();
+    assert!(text.contains("hole,zero"), "{text}");
+}
+
+#[test]
+fn nbdinfo_maps_what_is_dirty() {
+    let (server, _) = with_holes(14);
+    let uri = server.tcp("vol0").to_string();
+    let Some(map) = run_ok("nbdinfo", &["--map=blkrepl:dirty", "--json", &uri]) else { return };
+    let mib: Vec<u64> = (0..32).collect();
+    assert_eq!(numbers(&map, "offset"), mib.iter().map(|n| n << 20).collect::<Vec<_>>(), "{map}");
+    assert_eq!(numbers(&map, "type"), mib.iter().map(|n| n % 2).collect::<Vec<_>>(), "{map}");
+}
+
+#[test]
+fn nbdinfo_names_the_contexts() {
+    let (server, _) = with_holes(15);
+    let Some(info) = run_ok("nbdinfo", &["--json", &server.unix("vol0").to_string()]) else { return };
+    for expected in ["\"base:allocation\"", "\"blkrepl:dirty\"", "\"can_df\": true", "\"structured\": true"] {
+        assert!(info.contains(expected), "{expected} in\n{info}");
+    }
+}
+
+#[test]
+fn nbdcopy_reads_no_holes() {
+    let (server, volume) = with_holes(16);
+    let back = server.dir.path().join("out");
+    if run_ok("nbdcopy", &[&server.unix("vol0").to_string(), path(&back)]).is_none() {
+        return;
+    }
+    assert!(std::fs::read(&back).unwrap() == *volume.data.lock().unwrap());
+    assert_eq!(volume.read.load(Ordering::Relaxed), 8 << 20, "only what is no hole was read");
+}
+
+#[test]
+fn qemu_img_maps_and_converts_holes() {
+    let (server, volume) = with_holes(17);
+    let uri = server.unix("vol0").to_string();
+    let Some(map) = run_ok("qemu-img", &["map", "-f", "raw", "--output=json", &uri]) else { return };
+    assert_eq!(numbers(&map, "start"), HOLES.map(|(start, _, _)| start), "{map}");
+    let flat: String = map.split_whitespace().collect();
+    assert_eq!(flat.matches("\"zero\":true,\"data\":false").count(), 2, "{map}");
+    assert_eq!(flat.matches("\"zero\":false,\"data\":true").count(), 1, "{map}");
+    let back = server.dir.path().join("out");
+    run_ok("qemu-img", &["convert", "-f", "raw", "-O", "raw", &uri, path(&back)]);
+    assert!(std::fs::read(&back).unwrap() == *volume.data.lock().unwrap());
+    assert_eq!(volume.read.load(Ordering::Relaxed), 8 << 20, "only what is no hole was read");
+}
+
+#[test]
+fn qemu_img_maps_what_is_dirty() {
+    let (server, _) = with_holes(18);
+    let image = format!(
+        "driver=nbd,server.type=unix,server.path={},export=vol0,x-dirty-bitmap=blkrepl:dirty",
+        path(&server.socket())
+    );
+    let Some(map) = run_ok("qemu-img", &["map", "--output=json", "--image-opts", &image]) else { return };
+    // With such an option qemu says of what is dirty that it is no data.
+    assert_eq!(numbers(&map, "start").len(), 32, "{map}");
+    assert_eq!(map.matches("\"data\": false").count(), 16, "{map}");
+}
+
+#[test]
+fn nbdsh_asks_for_one_extent_and_lists_contexts() {
+    let (server, _) = with_holes(19);
+    let script = "
+h.add_meta_context('base:allocation')
+h.add_meta_context('blkrepl:dirty')
+h.set_opt_mode(True)
+h.connect_uri(URI)
+listed = []
+h.set_export_name('vol0')
+h.clear_meta_contexts()
+h.opt_list_meta_context(listed.append)
+assert listed == ['base:allocation', 'blkrepl:dirty'], listed
+h.add_meta_context('base:allocation')
+h.add_meta_context('blkrepl:dirty')
+h.opt_go()
+said = {}
+def note(context, offset, entries, error):
+    said[context] = entries
+h.block_status(16 << 20, 0, note, nbd.CMD_FLAG_REQ_ONE)
+assert said == {'base:allocation': [4 << 20, 3], 'blkrepl:dirty': [1 << 20, 0]}, said
+said.clear()
+h.block_status(2 << 20, 3 << 20, note)
+assert said['base:allocation'] == [1 << 20, 3, 1 << 20, 0], said
+h.shutdown()
+";
+    let script = script.replace("URI", &format!("'{}'", server.unix("vol0")));
+    run_ok("nbdsh", &["-c", &script]);
 }
 
 #[test]

@@ -39,6 +39,8 @@ pub struct Volume {
     pub data: Mutex<Vec<u8>>,
     pub flushes: AtomicU64,
     pub fuas: AtomicU64,
+    /// Bytes that were read.
+    pub read: AtomicU64,
     pub manner: Manner,
 }
 
@@ -143,6 +145,7 @@ impl Connection {
         let range = start..start + usize::try_from(request.len).unwrap();
         match request.op {
             FrontOp::Read => {
+                self.volume.read.fetch_add(request.len, Ordering::Relaxed);
                 self.protocol.reply(&request, Answer::Data, &mut out);
                 out.extend_from_slice(&self.volume.data.lock().unwrap()[range]);
                 return self.socket.write_all(&out);
