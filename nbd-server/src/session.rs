@@ -114,6 +114,7 @@ impl Session {
             len: header.len,
             payload,
             fua: header.flags & proto::NBD_CMD_FLAG_FUA != 0,
+            no_hole: op == FrontOp::WriteZeroes && header.flags & proto::NBD_CMD_FLAG_NO_HOLE != 0,
             one: op == FrontOp::BlockStatus && header.flags & proto::NBD_CMD_FLAG_REQ_ONE != 0,
             error: self.check(op, header).err(),
         }
@@ -266,6 +267,7 @@ fn unknown(header: &Header, payload: u64) -> FrontRequest {
         len: 0,
         payload,
         fua: false,
+        no_hole: false,
         one: false,
         error: Some(ClientError::Invalid),
     }
@@ -353,11 +355,14 @@ mod tests {
             len: 512,
             payload: 512,
             fua: true,
+            no_hole: false,
             one: false,
             error: None,
         };
         assert_eq!(request, expected);
-        assert_eq!(error(NBD_CMD_WRITE_ZEROES, NBD_CMD_FLAG_NO_HOLE, 0, 4096), None);
+        let zeroes = parse(&mut session(), NBD_CMD_WRITE_ZEROES, NBD_CMD_FLAG_NO_HOLE, 0, 4096);
+        assert_eq!((zeroes.error, zeroes.no_hole), (None, true));
+        assert!(!parse(&mut session(), NBD_CMD_WRITE_ZEROES, 0, 0, 4096).no_hole);
         assert_eq!(error(NBD_CMD_FLUSH, NBD_CMD_FLAG_FUA, 0, 0), None);
     }
 
@@ -544,6 +549,7 @@ mod tests {
             len: 512,
             payload: 512,
             fua: true,
+            no_hole: false,
             one: false,
             error: None,
         };

@@ -79,7 +79,8 @@ fn what_is_given_up_is_a_hole_on_both_replicas_after_a_resync_and_after_a_move()
         qemu_io(&address, &["discard 16M 1M"])?;
         let dirty = map(&address, "blkrepl:dirty")?;
         for place in [16, 32] {
-            let lacks = |m: &&(u64, u64, u64)| m.2 == 1 && m.0 <= place * MIB && (place + 1) * MIB <= m.0 + m.1;
+            let lacks =
+                |m: &&(u64, u64, u64)| m.2 == 1 && m.0 <= place * MIB && (place + 1) * MIB <= m.0 + m.1;
             ensure!(dirty.iter().find(lacks).is_some(), "{away} lacks {place} MiB, not in {dirty:?}");
         }
         drop(link);

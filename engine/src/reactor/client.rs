@@ -77,6 +77,8 @@ pub struct FrontRequest {
     pub payload: u64,
     /// Stable on all of the ack set before the reply.
     pub fua: bool,
+    /// Of a [`FrontOp::WriteZeroes`]: the zeroes take their space, no hole is made.
+    pub no_hole: bool,
     /// Of a [`FrontOp::BlockStatus`]: only the first of the extents is wanted, so its protocol tells no more.
     pub one: bool,
     /// Set if the request is already known to be refused: drain its payload, then answer this error. Nothing
@@ -101,6 +103,13 @@ pub enum FrontOp {
     Cache,
     /// Which parts are holes, and which a missing replica lacks.
     BlockStatus,
+}
+
+impl FrontRequest {
+    /// It is carried out by writing zeroes, piece by piece.
+    pub(super) fn fills(&self) -> bool {
+        self.op == FrontOp::WriteZeroes && self.no_hole
+    }
 }
 
 impl FrontOp {

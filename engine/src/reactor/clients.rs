@@ -39,6 +39,8 @@ pub(super) const CONNECTIONS_MAX: usize = 1024;
 pub(super) const CLIENT_LEN_MAX: u64 = 32 << 20;
 /// A longer trim or write-zeroes is given to the core in pieces of this many bytes, one after the other.
 const ZERO_PIECE_LEN: u64 = 32 << 20;
+/// Zeroes that are to take their space are written in pieces of this many bytes, one after the other.
+const FILL_PIECE_LEN: u64 = 1 << 20;
 /// Longest answer to a request for the block status, in bytes: [`EXTENTS_MAX`] extents in two contexts, 16 bytes
 /// each, and what goes before them.
 const STATUS_LEN_MAX: u64 = 12 << 10;
@@ -68,7 +70,7 @@ enum State {
 /// A request that the core has (or had a piece of).
 struct Request {
     front: FrontRequest,
-    /// Client bytes reserved for its answer, which no buffer carries yet.
+    /// Client bytes reserved for its answer, or for its pieces one after the other, which no buffer carries.
     reserved: u64,
     /// Of a long zero request: bytes after the piece that the core has.
     rest: u64,
@@ -280,6 +282,7 @@ impl Clients {
                     match request.op {
                         FrontOp::Read => return self.start(conn, request, ClientOp::Read),
                         FrontOp::BlockStatus => return self.start(conn, request, ClientOp::Extents),
+                        FrontOp::WriteZeroes => return self.start_fill(io, conn, request),
                         _ => {}
                     }
                 }
@@ -328,11 +331,13 @@ impl Clients {
                 let flush = FrontRequest { offset: 0, len: 0, ..request };
                 Some(connection.hand_over(conn, flush, ClientOp::Flush, 0, 0))
             }
-            FrontOp::Trim | FrontOp::WriteZeroes if request.len > 0 => {
+            FrontOp::Trim | FrontOp::WriteZeroes if request.len > 0 && !request.fills() => {
                 let rest = range.len.saturating_sub(ZERO_PIECE_LEN);
                 Some(connection.hand_over(conn, request, ClientOp::Zero, 0, rest))
             }
-            FrontOp::Read | FrontOp::Write | FrontOp::BlockStatus if request.len > 0 => {
+            FrontOp::Read | FrontOp::Write | FrontOp::BlockStatus | FrontOp::WriteZeroes
+                if request.len > 0 =>
+            {
                 connection.state = State::Waiting(request);
                 None
             }
@@ -350,12 +355,14 @@ impl Clients {
         }
     }
 
-    /// The share of the client bytes that a request needs: for a read or write the whole blocks that it touches.
+    /// The share of the client bytes that a request needs: for a read or write the whole blocks that it touches,
+    /// for zeroes to be written those of the first piece, after which all others begin at whole blocks.
     fn share(&self, request: FrontRequest) -> u64 {
         if request.op == FrontOp::BlockStatus {
             return STATUS_LEN_MAX;
         }
-        let range = ByteRange { offset: request.offset, len: request.len };
+        let len = if request.fills() { request.len.min(FILL_PIECE_LEN) } else { request.len };
+        let range = ByteRange { offset: request.offset, len };
         self.geometry.blocks_of(range).count * u64::from(self.geometry.block_size())
     }
 
@@ -385,6 +392,19 @@ impl Clients {
         let connection = self.connections.get_mut(&conn)?;
         connection.state = State::Header;
         Some(connection.hand_over(conn, request, op, reserved, 0))
+    }
+
+    /// Begins to write zeroes that are to take their space.
+    fn start_fill(&mut self, io: &mut Io, conn: ConnId, request: FrontRequest) -> Option<Next> {
+        let reserved = self.share(request);
+        let block = u64::from(self.geometry.block_size());
+        // The first piece ends with a block, unless it is the only one.
+        let first = request.len.min(FILL_PIECE_LEN - request.offset % block);
+        let piece = ByteRange { offset: request.offset, len: first };
+        let op = ClientOp::Write(zero_payload(io, self.geometry, piece));
+        let connection = self.connections.get_mut(&conn)?;
+        connection.state = State::Header;
+        Some(connection.hand_over(conn, request, op, reserved, request.len - first))
     }
 
     fn go_on_with_payload(&mut self, io: &mut Io, conn: ConnId, request: FrontRequest) -> Option<Next> {
@@ -421,11 +441,17 @@ impl Clients {
             panic!("the core answers a request twice or one that it never had: {conn:?} {cookie:?}");
         };
         if request.rest > 0 && result.is_ok() {
+            let fills = request.front.fills();
             let done = request.front.len - request.rest;
-            let len = request.rest.min(ZERO_PIECE_LEN);
+            let len = request.rest.min(if fills { FILL_PIECE_LEN } else { ZERO_PIECE_LEN });
             request.rest -= len;
             let (offset, fua) = (request.front.offset + done, request.front.fua);
-            return Some(ClientRequest { conn, cookie, op: ClientOp::Zero, offset, len, fua });
+            let op = if fills {
+                ClientOp::Write(zero_payload(io, self.geometry, ByteRange { offset, len }))
+            } else {
+                ClientOp::Zero
+            };
+            return Some(ClientRequest { conn, cookie, op, offset, len, fua });
         }
         let request = connection.requests.remove(&cookie).expect("was found just above");
         let (front, reserved) = (request.front, request.reserved);
@@ -593,6 +619,17 @@ impl Clients {
     pub(super) fn is_idle(&self) -> bool {
         self.connections.values().all(|c| c.outgoing.is_idle())
     }
+}
+
+/// Zeroes for a write: a buffer of the whole blocks that it touches.
+fn zero_payload(io: &mut Io, geometry: Geometry, bytes: ByteRange) -> Payload {
+    let blocks = geometry.bytes_of(geometry.blocks_of(bytes)).len;
+    let len = usize::try_from(blocks).expect("a piece fits one payload");
+    let buf = io.buffers.alloc(len);
+    let content = &mut io.buffers.bytes_mut(buf)[..len];
+    content.fill(0);
+    let crc = crc32fast::hash(content);
+    Payload { buf, len: u32::try_from(len).expect("a piece fits one payload"), crc }
 }
 
 impl Connection {

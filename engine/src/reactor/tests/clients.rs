@@ -89,6 +89,28 @@ fn a_long_trim_reaches_the_core_in_pieces_and_is_answered_once() {
 }
 
 #[test]
+fn zeroes_that_take_their_space_are_written_in_pieces_and_answered_once() {
+    let rig = Rig::new(64 << 20);
+    let mut client = rig.client();
+    client.write(0, &pattern(12288, 1));
+    assert_eq!(client.status(0, 64 * MIB), [(12288, false), ((64 << 20) - 12288, true)]);
+    client.send(FILL, 9, 100, 3 * MIB, &[]);
+    assert_eq!(client.reply(), (9, 0));
+    assert_eq!(rig.shared.count("request 1 Write"), 5, "the client's own and four pieces");
+    let end = u64::from(3 * MIB) + 4096;
+    assert_eq!(client.status(0, 64 * MIB), [(end, false), ((64 << 20) - end, true)]);
+    assert_eq!(client.read(0, 100), pattern(12288, 1)[..100]);
+    assert_eq!(client.read(100, 3 * MIB), vec![0; 3 << 20]);
+    client.send(FILL, 10, 50, 10, &[]);
+    assert_eq!(client.reply(), (10, 0));
+    let mut expected = pattern(12288, 1)[..100].to_vec();
+    expected[50..60].fill(0);
+    assert_eq!(client.read(0, 100), expected);
+    client.send(FILL, 11, 64 << 20, 1, &[]);
+    assert_eq!(client.reply(), (11, 1), "past the end");
+}
+
+#[test]
 fn a_goodbye_is_followed_by_what_is_in_flight_and_then_the_end() {
     let rig = Rig::new(1 << 20);
     rig.hold();

@@ -330,6 +330,10 @@ pub(super) const WRITE: u8 = 1;
 pub(super) const FLUSH: u8 = 2;
 pub(super) const TRIM: u8 = 3;
 pub(super) const GOODBYE: u8 = 4;
+/// Zeroes that take their space.
+pub(super) const FILL: u8 = 5;
+/// Which parts are holes: the reply goes on with a number of extents, a length and a byte each.
+pub(super) const STATUS: u8 = 6;
 
 impl ClientProtocol for Toy {
     fn header_len(&self) -> usize {
@@ -343,6 +347,8 @@ impl ClientProtocol for Toy {
             WRITE => FrontOp::Write,
             FLUSH => FrontOp::Flush,
             TRIM => FrontOp::Trim,
+            FILL => FrontOp::WriteZeroes,
+            STATUS => FrontOp::BlockStatus,
             GOODBYE => return ClientFrame::Disconnect,
             other => return ClientFrame::Violation(format!("operation {other}")),
         };
@@ -350,7 +356,17 @@ impl ClientProtocol for Toy {
         let (handle, offset, fua) = (number(2), number(10), header[1] == 1);
         let len = u64::from(len);
         let payload = if op == FrontOp::Write { len } else { 0 };
-        ClientFrame::Request(FrontRequest { handle, op, offset, len, payload, fua, one: false, error: None })
+        ClientFrame::Request(FrontRequest {
+            handle,
+            op,
+            offset,
+            len,
+            payload,
+            fua,
+            no_hole: op == FrontOp::WriteZeroes,
+            one: false,
+            error: None,
+        })
     }
 
     fn reply(&mut self, request: &FrontRequest, answer: Answer<'_>, out: &mut Vec<u8>) {
@@ -360,6 +376,13 @@ impl ClientProtocol for Toy {
             Answer::Error(_) => 2,
             _ => 0,
         });
+        if let Answer::Extents(extents) = answer {
+            out.push(u8::try_from(extents.len()).unwrap());
+            for extent in extents {
+                out.extend_from_slice(&extent.len.to_le_bytes());
+                out.push(u8::from(extent.hole));
+            }
+        }
     }
 }
 
@@ -399,6 +422,17 @@ impl<S: Read + Write> Client<S> {
         let mut bytes = vec![0; len as usize];
         self.0.read_exact(&mut bytes).unwrap();
         bytes
+    }
+
+    /// Extents of a range: how long, and whether it is a hole.
+    pub(super) fn status(&mut self, offset: u64, len: u32) -> Vec<(u64, bool)> {
+        self.send(STATUS, 9, offset, len, &[]);
+        assert_eq!(self.reply(), (9, 0));
+        let mut count = [0; 1];
+        self.0.read_exact(&mut count).unwrap();
+        let mut bytes = vec![0; usize::from(count[0]) * 9];
+        self.0.read_exact(&mut bytes).unwrap();
+        bytes.chunks(9).map(|b| (u64::from_le_bytes(b[..8].try_into().unwrap()), b[8] == 1)).collect()
     }
 
     /// True if the other side closed, and sent nothing more before.
