@@ -750,6 +750,20 @@ mod tests {
     }
 
     #[test]
+    fn fua_is_accepted_on_every_command() {
+        for command in 0..=NBD_CMD_BLOCK_STATUS {
+            let range = if command == NBD_CMD_FLUSH { (0, 0) } else { (4096, 4096) };
+            let mut session = both(Replies::Structured);
+            let header =
+                RequestHeader { flags: NBD_CMD_FLAG_FUA, command, handle: 0, offset: range.0, len: range.1 };
+            match session.parse(&header.encode()) {
+                ClientFrame::Request(request) => assert_eq!((request.error, request.fua), (None, true)),
+                frame => assert_eq!((frame, command), (ClientFrame::Disconnect, NBD_CMD_DISC)),
+            }
+        }
+    }
+
+    #[test]
     fn block_status_without_a_context_is_invalid() {
         assert_eq!(error(NBD_CMD_BLOCK_STATUS, 0, 0, 4096), Some(ClientError::Invalid));
         let request = parse_extended(NBD_CMD_BLOCK_STATUS, 0, 0, 4096);

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use blkrepl_nbd::proto::*;
 use blkrepl_nbd::{
-    ClientOptions, ExportRefusal, NbdClient, NbdError, NbdUri, RefusalKind, Request, ServerOptions,
-    list_exports,
+    Attached, ClientOptions, ExportInfo, ExportRefusal, Exports, NbdClient, NbdError, NbdUri, RefusalKind,
+    Request, ServerOptions, list_exports,
 };
 use common::{Manner, Memory, TestServer, Volume, pattern, quick};
 use proptest::prelude::*;
@@ -355,6 +355,27 @@ fn nothing_that_follows_the_negotiation_is_swallowed() {
     let reply = answer[GREETING_LEN + 10..].try_into().unwrap();
     assert_eq!(decode_simple_reply(reply), Ok((None, 9)));
     assert_eq!(volume.data.lock().unwrap()[9..14], *b"\0abc\0");
+}
+
+#[test]
+fn an_attached_tcp_connection_has_no_delay() {
+    struct Keep(std::sync::Mutex<std::sync::mpsc::Sender<Attached>>);
+    impl Exports for Keep {
+        fn list(&self) -> Vec<String> {
+            vec!["vol0".into()]
+        }
+        fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
+            Ok(ExportInfo::new(name, MIB as u64))
+        }
+        fn attach(&self, _: &str, client: Attached) {
+            self.0.lock().unwrap().send(client).unwrap();
+        }
+    }
+    let (sender, attached) = std::sync::mpsc::channel();
+    let server = TestServer::start(Arc::new(Keep(std::sync::Mutex::new(sender))));
+    let _client = NbdClient::connect(&server.tcp("vol0"), quick()).unwrap();
+    let attached = attached.recv_timeout(Duration::from_secs(20)).unwrap();
+    assert!(rustix::net::sockopt::tcp_nodelay(&attached.fd).unwrap());
 }
 
 #[test]

@@ -466,6 +466,28 @@ fn info_gives_what_is_asked_for_and_ignores_what_it_does_not_know() {
 }
 
 #[test]
+fn go_right_after_info_says_the_same() {
+    let wanted = [NBD_INFO_NAME, NBD_INFO_DESCRIPTION, NBD_INFO_BLOCK_SIZE];
+    for form in [Vec::new(), structured(), extended()] {
+        let said = |kind| {
+            let sent = feed(&[&fixed(), &form[..], &info(kind, "vol0", &wanted)].concat(), &ALL).sent;
+            let said = replies(&sent).into_iter().filter(|(of, _, _)| *of == kind);
+            said.map(|(_, reply, data)| (reply, data)).collect::<Vec<_>>()
+        };
+        assert_eq!(said(NBD_OPT_INFO), said(NBD_OPT_GO));
+        assert_eq!(said(NBD_OPT_INFO).len(), 5);
+    }
+}
+
+#[test]
+fn block_sizes_are_as_the_specification_wants_them() {
+    let ExportInfo { min_block, preferred_block, max_payload, .. } = ExportInfo::new("vol0", SIZE);
+    assert!(min_block.is_power_of_two() && min_block <= 65536 && SIZE.is_multiple_of(min_block.into()));
+    assert!(preferred_block.is_power_of_two() && preferred_block >= min_block.max(512));
+    assert!(max_payload.is_multiple_of(min_block) && max_payload >= preferred_block.max(1 << 20));
+}
+
+#[test]
 fn exports_that_are_not_served_are_refused_with_the_reason() {
     for kind in [NBD_OPT_INFO, NBD_OPT_GO] {
         assert_refused(&info(kind, "away", &[]), kind, NBD_REP_ERR_POLICY, POLICY_TEXT);
@@ -716,6 +738,8 @@ proptest! {
     #[test]
     fn any_options_in_any_order_get_their_replies(options in proptest::collection::vec(any_option(), 0..12)) {
         let outcome = feed(&[fixed(), options.concat()].concat(), &ALL);
+        let asks_for_tls = outcome.sent.windows(4).any(|word| word == (NBD_REP_FLAG_ERROR + 5).to_be_bytes());
+        prop_assert!(!asks_for_tls, "NBD_REP_ERR_TLS_REQD from a server without TLS");
         if outcome.progress == Progress::Continue {
             prop_assert_eq!(outcome.left, 0);
             let finals = replies(&outcome.sent).into_iter().filter(is_final).count();
