@@ -93,7 +93,7 @@ fn what_is_given_up_is_a_hole_on_both_replicas_after_a_resync_and_after_a_move()
         measured(name, &format!("6 MiB of data take {taken:?} bytes"));
         ensure!(taken.iter().all(|taken| (6 * MIB..8 * MIB).contains(taken)), "space taken: {taken:?}");
 
-        cluster.cli(&away, &["move", cluster.volume(), &away])?.ok()?;
+        cluster.cli(&away, &["move", cluster.volume(), "--to", &away])?.ok()?;
         ensure!(cluster.wait_primary(FAILOVER_LIMIT)? == away, "the move did not happen");
         let after = allocation(cluster.node(&away)?.unix()?)?;
         ensure!(after == before, "{after:?} at the new primary, {before:?} at the old one");
