@@ -4,6 +4,9 @@
 
 use std::collections::BTreeMap;
 
+use crate::types::{BlockIndex, BlockRange};
+
+use super::super::io::Stretch;
 use super::Rng;
 
 #[derive(Debug, Clone)]
@@ -60,6 +63,14 @@ impl TestDisk {
                 *byte = group[usize::try_from(at % 4096).unwrap()];
             }
         }
+    }
+
+    /// Good blocks of zeroes are holes; what is bad takes space.
+    pub(in super::super) fn stretches(&self, blocks: BlockRange) -> Vec<Stretch> {
+        let hole = |b: BlockIndex| self.data[usize::try_from(b.0).unwrap()] == 0 && !self.bad.contains(&b.0);
+        let holes: Vec<bool> = blocks.iter().map(hole).collect();
+        let runs = holes.chunk_by(|a, b| a == b);
+        runs.map(|run| Stretch { count: run.len() as u64, hole: run[0] }).collect()
     }
 
     /// Power loss: of what was not stable, a random part is gone.

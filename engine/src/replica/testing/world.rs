@@ -13,7 +13,7 @@ use crate::wire::{BaseContent, BufId, Payload, PeerMsg, SessionId};
 
 use super::super::io::{
     ClientInput, ClientOp, ClientRequest, ConnId, Cookie, Digest, DiskDone, DiskErrorKind, DiskOp, DiskOpId,
-    DiskRequest, DiskResult, Event, Lease, Output, PeerInput, ReplyData, Stretch,
+    DiskRequest, DiskResult, Event, Lease, Output, PeerInput, ReplyData,
 };
 use super::super::{Boot, Replica};
 use super::history::{Change, Flushable, mixed};
@@ -732,14 +732,7 @@ impl World {
                 self.land(id, op);
                 Ok(DiskResult::Done)
             }
-            DiskOp::Extents { blocks } => {
-                let at = usize::try_from(blocks.start.0).unwrap();
-                let mut tags = n.disk.data[at..][..usize::try_from(blocks.count).unwrap()].to_vec();
-                // What is bad takes space.
-                let bad = blocks.iter().zip(&mut tags).filter(|(b, _)| n.disk.bad.contains(&b.0));
-                bad.for_each(|(_, tag)| *tag = 1);
-                Ok(DiskResult::Extents(holes_of(&tags)))
-            }
+            DiskOp::Extents { blocks } => Ok(DiskResult::Extents(n.disk.stretches(*blocks))),
             DiskOp::Flush => {
                 if n.disk.flush_error {
                     return Err(DiskErrorKind::Io);
@@ -878,12 +871,6 @@ fn blocks_of(offset: u64, len: u64) -> impl Iterator<Item = (u64, bool)> {
     let end = offset + len;
     let whole = move |block: u64| offset <= block * BLOCK && (block + 1) * BLOCK <= end;
     (offset / BLOCK..end.div_ceil(BLOCK)).map(move |block| (block, whole(block)))
-}
-
-/// Blocks of zeroes are holes.
-fn holes_of(tags: &[u64]) -> Vec<Stretch> {
-    let runs = tags.chunk_by(|a, b| (*a == 0) == (*b == 0));
-    runs.map(|run| Stretch { count: run.len() as u64, hole: run[0] == 0 }).collect()
 }
 
 fn crc_of(tags: &[u64]) -> u32 {
