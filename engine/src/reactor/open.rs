@@ -18,7 +18,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, FlockOperation, OFlags, StatxFlags, XattrFlags};
+use rustix::fs::{AtFlags, FileType, FlockOperation, OFlags, StatxFlags, XattrFlags};
 use thiserror::Error;
 
 use crate::meta::{DataIdentity, Image, ImageError, Superblock, SuperblockError};
@@ -569,9 +569,10 @@ fn finish(file: File, path: &Path) -> Result<OpenFile, OpenError> {
 /// Lets the ring carry out requests on a file in memory at once. It does not know that tmpfs never waits for a
 /// device and would hand each request to a thread, which costs more than the copy; the flag, which means
 /// nothing to a regular file otherwise, makes it try first. Not for other file systems: they may wait. True if it
-/// is a file in memory.
-fn run_in_place(fd: &OwnedFd) -> io::Result<bool> {
-    let in_memory = rustix::fs::fstatfs(fd)?.f_type == libc::TMPFS_MAGIC;
+/// is a file in memory: not a device, whose node lies in such a file system, too.
+pub(super) fn run_in_place(fd: &OwnedFd) -> io::Result<bool> {
+    let regular = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode).is_file();
+    let in_memory = regular && rustix::fs::fstatfs(fd)?.f_type == libc::TMPFS_MAGIC;
     if in_memory {
         let flags = rustix::fs::fcntl_getfl(fd)?;
         rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK)?;

@@ -2,15 +2,15 @@
 //!
 //! A chunk holds the range lock of its blocks from before it reads them until the target has answered, so
 //! that no client write comes between; what it copies is therefore the newest content [R21]. Blocks named
-//! by an intent map are compared by hash first, and only those that differ travel; holes of the source
-//! travel as ranges, and become holes of the target, and so does what reads as zeroes from end to end.
+//! by an intent map are compared by hash first, and only those that differ travel; all-zero blocks travel
+//! as a range.
 
 use crate::mutation::{Mutation, mutated};
 use crate::types::{BlockRange, NodeId};
 use crate::wire::{Payload, PeerMsg};
 
 use super::disk::Purpose;
-use super::io::{Digest, DiskErrorKind, DiskOp, DiskResult, Event, Stretch};
+use super::io::{DiskErrorKind, DiskOp, DiskResult, Event};
 use super::primary::LockOwner;
 use super::range_lock::LockId;
 use super::resync::{Request, TargetPhase};
@@ -33,7 +33,8 @@ pub(super) struct Chunk {
     /// What of it is worked on.
     blocks: BlockRange,
     compare: bool,
-    /// Parts that travel and were not answered yet.
+    payload: Option<Payload>,
+    /// Copies not answered yet.
     left: usize,
 }
 
@@ -120,7 +121,7 @@ impl Replica {
         let locked = if mutated(Mutation::CopyOvertakesWrite) { BlockRange::default() } else { range };
         let (lock, granted) = primary.locks.acquire(locked, true, LockOwner::Chunk(node, id));
         let compare = region.is_some_and(|r| target.compares(r));
-        let chunk = Chunk { range, lock, granted: false, blocks: range, compare, left: 0 };
+        let chunk = Chunk { range, lock, granted: false, blocks: range, compare, payload: None, left: 0 };
         target.chunks.insert(id, chunk);
         target.chunk_begun = self.now;
         if granted {
@@ -140,52 +141,8 @@ impl Replica {
         };
         let end = bitmap.next_clear(start).unwrap_or(u64::MAX).min(chunk.range.end());
         chunk.blocks = BlockRange::between(start, end);
-        let blocks = chunk.blocks;
-        if chunk.compare {
-            let op = DiskOp::Read { blocks, digest: Digest::Hashes };
-            self.put_disk(op, Purpose::Chunk(node, id), None);
-        } else {
-            self.bring(node, id, &[blocks]);
-        }
-    }
-
-    /// Brings the target runs of blocks of a chunk; first it is asked where they have holes, which need not be
-    /// read.
-    fn bring(&mut self, node: NodeId, id: ChunkId, runs: &[BlockRange]) {
-        let Some(chunk) = self.chunk(node, id) else { return };
-        chunk.left = runs.len();
-        if runs.is_empty() {
-            self.end_chunk(node, id);
-        }
-        for blocks in runs.iter().copied() {
-            self.put_disk(DiskOp::Extents { blocks }, Purpose::ChunkExtents(node, id, blocks), None);
-        }
-    }
-
-    pub(super) fn chunk_extents_found(
-        &mut self,
-        node: NodeId,
-        id: ChunkId,
-        blocks: BlockRange,
-        result: Result<DiskResult, DiskErrorKind>,
-    ) {
-        let found = match result {
-            Ok(DiskResult::Extents(found)) => found,
-            Err(_) => Vec::new(),
-            Ok(other) => panic!("a search for holes completed with {other:?}"),
-        };
-        let parts = parts_of(blocks, &found);
-        let Some(chunk) = self.chunk(node, id) else { return };
-        chunk.left += parts.len() - 1;
-        let reign = self.reign();
-        for (blocks, hole) in parts {
-            if hole {
-                self.ask_target(node, id, blocks, |request| PeerMsg::CopyZero { reign, id: request, blocks });
-            } else {
-                let op = DiskOp::Read { blocks, digest: Digest::Checksum };
-                self.put_disk(op, Purpose::ChunkRun(node, id, blocks), None);
-            }
-        }
+        let (blocks, hash) = (chunk.blocks, chunk.compare);
+        self.put_disk(DiskOp::Read { blocks, hash }, Purpose::Chunk(node, id), None);
     }
 
     pub(super) fn chunk_read(
@@ -194,13 +151,15 @@ impl Replica {
         id: ChunkId,
         result: Result<DiskResult, DiskErrorKind>,
     ) {
-        let Some(blocks) = self.chunk(node, id).map(|c| c.blocks) else {
+        let Some((compare, blocks)) = self.chunk(node, id).map(|c| (c.compare, c.blocks)) else {
             return self.discard_read(result);
         };
         match result {
-            Ok(DiskResult::Read { payload, hashes, .. }) => {
+            Ok(DiskResult::Read { payload, hashes, .. }) if compare => {
                 assert_eq!(hashes.len() as u64, blocks.count, "a hash per block");
-                self.release(payload.buf);
+                if let Some(chunk) = self.chunk(node, id) {
+                    chunk.payload = Some(payload);
+                }
                 let reign = self.reign();
                 self.ask_target(node, id, blocks, |request| PeerMsg::Compare {
                     reign,
@@ -208,6 +167,13 @@ impl Replica {
                     blocks,
                     hashes,
                 });
+            }
+            Ok(DiskResult::Read { payload, all_zero, .. }) => {
+                if let Some(chunk) = self.chunk(node, id) {
+                    chunk.left = 1;
+                }
+                self.copy(node, id, blocks, payload, all_zero);
+                self.release(payload.buf);
             }
             Ok(other) => panic!("a read completed with {other:?}"),
             Err(kind) => self.chunk_unreadable(node, id, kind),
@@ -282,7 +248,28 @@ impl Replica {
         for equal in runs_of(blocks, differ, false) {
             self.settled(node, equal);
         }
-        self.bring(node, id, &runs);
+        let Some(chunk) = self.chunk(node, id) else { return };
+        chunk.left = runs.len();
+        let payload = chunk.payload.take();
+        let whole = runs.as_slice() == [blocks];
+        match payload {
+            Some(payload) if whole => {
+                self.copy(node, id, blocks, payload, false);
+                self.release(payload.buf);
+            }
+            payload => {
+                if let Some(payload) = payload {
+                    self.release(payload.buf);
+                }
+                for run in &runs {
+                    let op = DiskOp::Read { blocks: *run, hash: false };
+                    self.put_disk(op, Purpose::ChunkRun(node, id, *run), None);
+                }
+            }
+        }
+        if runs.is_empty() {
+            self.end_chunk(node, id);
+        }
     }
 
     pub(super) fn chunk_run_read(
@@ -342,28 +329,14 @@ impl Replica {
     /// Gives up what a chunk holds. A copy of it that is still under way is ordered before whatever the
     /// target is sent next, on the same session.
     pub(super) fn drop_chunk(&mut self, chunk: Chunk) {
+        if let Some(payload) = chunk.payload {
+            self.release(payload.buf);
+        }
         let Some(primary) = &mut self.primary else { return };
         for owner in primary.locks.release(chunk.lock) {
             self.range_granted(owner);
         }
     }
-}
-
-/// The blocks in parts, and whether each is a hole. What was not looked at is none.
-fn parts_of(blocks: BlockRange, found: &[Stretch]) -> Vec<(BlockRange, bool)> {
-    let mut parts = Vec::new();
-    let (mut at, end) = (blocks.start.0, blocks.end());
-    for stretch in found {
-        let until = end.min(at + stretch.count);
-        if until > at {
-            parts.push((BlockRange::between(at, until), stretch.hole));
-        }
-        at = until;
-    }
-    if at < end {
-        parts.push((BlockRange::between(at, end), false));
-    }
-    parts
 }
 
 /// The runs of blocks whose flag is `want`.
@@ -403,18 +376,6 @@ mod tests {
                 prop_assert!(runs.windows(2).all(|pair| pair[0].end() < pair[1].start.0), "{:?}", runs);
             }
         }
-    }
-
-    #[test]
-    fn parts_cover_the_blocks_whatever_was_found() {
-        let blocks = BlockRange::between(10, 20);
-        let part = |start, end, hole| (BlockRange::between(start, end), hole);
-        let stretch = |count, hole| Stretch { count, hole };
-        assert_eq!(parts_of(blocks, &[]), [part(10, 20, false)]);
-        assert_eq!(parts_of(blocks, &[stretch(10, true)]), [part(10, 20, true)]);
-        assert_eq!(parts_of(blocks, &[stretch(3, true)]), [part(10, 13, true), part(13, 20, false)]);
-        let long = [stretch(4, false), stretch(9, true), stretch(5, false)];
-        assert_eq!(parts_of(blocks, &long), [part(10, 14, false), part(14, 20, true)]);
     }
 
     #[test]

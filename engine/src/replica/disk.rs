@@ -42,11 +42,9 @@ pub(super) enum Purpose {
     FillEdges(OpId, usize),
     LocalWrite(WriteSeq),
     Incoming(IncomingId),
-    /// Search for holes in blocks of a chunk that travel.
-    ChunkExtents(NodeId, ChunkId, BlockRange),
-    /// Read of a whole chunk, to compare it.
+    /// Read of a whole chunk.
     Chunk(NodeId, ChunkId),
-    /// Read of blocks of a chunk that travel.
+    /// Read of the blocks of a chunk that differ.
     ChunkRun(NodeId, ChunkId, BlockRange),
 }
 
@@ -179,10 +177,7 @@ impl Replica {
             Purpose::LocalWrite(seq) => self.local_write_done(seq, result),
             Purpose::Incoming(id) => self.incoming_done(id, result),
             // What a failed replica reads may be older than what it acknowledged: nobody gets a copy of it.
-            Purpose::Chunk(..) | Purpose::ChunkRun(..) | Purpose::ChunkExtents(..) if self.failure.is_some() => {
-                self.discard_read(result);
-            }
-            Purpose::ChunkExtents(node, chunk, run) => self.chunk_extents_found(node, chunk, run, result),
+            Purpose::Chunk(..) | Purpose::ChunkRun(..) if self.failure.is_some() => self.discard_read(result),
             Purpose::Chunk(node, chunk) => self.chunk_read(node, chunk, result),
             Purpose::ChunkRun(node, chunk, run) => self.chunk_run_read(node, chunk, run, result),
         }

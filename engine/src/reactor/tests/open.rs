@@ -234,3 +234,11 @@ fn r7_of_several_creators_one_makes_the_files_and_the_others_leave_them_alone() 
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "nothing else is left");
     }
 }
+
+/// The node of a device lies in a file system in memory; the device does not.
+#[test]
+fn a_device_is_no_file_in_memory() {
+    let device = OwnedFd::from(std::fs::File::open("/dev/zero").unwrap());
+    assert!(!crate::reactor::open::run_in_place(&device).unwrap());
+    assert!(!rustix::fs::fcntl_getfl(&device).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
+}
