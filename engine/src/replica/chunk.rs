@@ -10,7 +10,7 @@ use crate::types::{BlockRange, NodeId};
 use crate::wire::{Payload, PeerMsg};
 
 use super::disk::Purpose;
-use super::io::{DiskErrorKind, DiskOp, DiskResult, Event};
+use super::io::{Digest, DiskErrorKind, DiskOp, DiskResult, Event};
 use super::primary::LockOwner;
 use super::range_lock::LockId;
 use super::resync::{Request, TargetPhase};
@@ -33,7 +33,8 @@ pub(super) struct Chunk {
     /// What of it is worked on.
     blocks: BlockRange,
     compare: bool,
-    payload: Option<Payload>,
+    /// What was read to be compared, and whether all of it is zero.
+    payload: Option<(Payload, bool)>,
     /// Copies not answered yet.
     left: usize,
 }
@@ -141,8 +142,9 @@ impl Replica {
         };
         let end = bitmap.next_clear(start).unwrap_or(u64::MAX).min(chunk.range.end());
         chunk.blocks = BlockRange::between(start, end);
-        let (blocks, hash) = (chunk.blocks, chunk.compare);
-        self.put_disk(DiskOp::Read { blocks, hash }, Purpose::Chunk(node, id), None);
+        let digest = if chunk.compare { Digest::Hashes } else { Digest::Checksum };
+        let blocks = chunk.blocks;
+        self.put_disk(DiskOp::Read { blocks, digest }, Purpose::Chunk(node, id), None);
     }
 
     pub(super) fn chunk_read(
@@ -155,10 +157,10 @@ impl Replica {
             return self.discard_read(result);
         };
         match result {
-            Ok(DiskResult::Read { payload, hashes, .. }) if compare => {
+            Ok(DiskResult::Read { payload, hashes, all_zero }) if compare => {
                 assert_eq!(hashes.len() as u64, blocks.count, "a hash per block");
                 if let Some(chunk) = self.chunk(node, id) {
-                    chunk.payload = Some(payload);
+                    chunk.payload = Some((payload, all_zero));
                 }
                 let reign = self.reign();
                 self.ask_target(node, id, blocks, |request| PeerMsg::Compare {
@@ -253,16 +255,16 @@ impl Replica {
         let payload = chunk.payload.take();
         let whole = runs.as_slice() == [blocks];
         match payload {
-            Some(payload) if whole => {
-                self.copy(node, id, blocks, payload, false);
+            Some((payload, all_zero)) if whole => {
+                self.copy(node, id, blocks, payload, all_zero);
                 self.release(payload.buf);
             }
             payload => {
-                if let Some(payload) = payload {
+                if let Some((payload, _)) = payload {
                     self.release(payload.buf);
                 }
                 for run in &runs {
-                    let op = DiskOp::Read { blocks: *run, hash: false };
+                    let op = DiskOp::Read { blocks: *run, digest: Digest::Checksum };
                     self.put_disk(op, Purpose::ChunkRun(node, id, *run), None);
                 }
             }
@@ -329,7 +331,7 @@ impl Replica {
     /// Gives up what a chunk holds. A copy of it that is still under way is ordered before whatever the
     /// target is sent next, on the same session.
     pub(super) fn drop_chunk(&mut self, chunk: Chunk) {
-        if let Some(payload) = chunk.payload {
+        if let Some((payload, _)) = chunk.payload {
             self.release(payload.buf);
         }
         let Some(primary) = &mut self.primary else { return };

@@ -19,7 +19,7 @@ use crate::meta::PagedBitmap;
 
 /// Most extents of one answer.
 pub const EXTENTS_MAX: usize = 256;
-/// Most bytes that one answer covers, so that no search for holes takes long.
+/// Most bytes that one answer covers, so that a file of many holes is not searched for ones that are not told.
 const EXTENTS_BYTES_MAX: u64 = 1 << 30;
 /// Most changes of state that one answer looks at.
 const STEPS_MAX: usize = 4 * EXTENTS_MAX;
