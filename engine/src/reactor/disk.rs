@@ -17,15 +17,13 @@ use std::rc::Rc;
 
 use rustix::fs::OFlags;
 
-use crate::replica::{
-    Digest, DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskRequest, DiskResult, EXTENTS_MAX, Stretch,
-};
+use crate::replica::{Digest, DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskRequest, DiskResult};
 use crate::rising_map::RisingMap;
 use crate::types::{BlockRange, Geometry};
 use crate::wire::{BLOCK_HASH_LEN, BlockHash, BufId, Payload};
 
 use super::buffers::{ALIGN, Buffers};
-use super::holes::Holes;
+use super::holes::{Searcher, Waker};
 use super::open::{OpenFile, VolumeFiles};
 use super::ring::{Io, Span, Token};
 
@@ -115,6 +113,7 @@ pub(super) struct Disk {
     geometry: Geometry,
     operations: RisingMap<DiskOpId, Operation>,
     finished: VecDeque<DiskDone>,
+    searcher: Searcher,
 }
 
 impl Object {
@@ -200,14 +199,18 @@ impl Transfer {
 }
 
 impl Disk {
-    /// Takes over the open files.
-    pub(super) fn new(files: VolumeFiles) -> Self {
+    /// Takes over the open files. `waker` has [`Self::poll_done`] called again.
+    pub(super) fn new(files: VolumeFiles, waker: Waker) -> Self {
+        let data = Object::new(files.data);
+        let block = u64::from(files.geometry.block_size());
+        let searcher = Searcher::new(Rc::clone(&data.file), block, waker);
         Self {
-            data: Object::new(files.data),
+            data,
             meta: Object::new(files.meta),
             geometry: files.geometry,
             operations: RisingMap::new(),
             finished: VecDeque::new(),
+            searcher,
         }
     }
 
@@ -218,7 +221,7 @@ impl Disk {
 
     /// The next completion for the core.
     pub(super) fn poll_done(&mut self) -> Option<DiskDone> {
-        self.finished.pop_front()
+        self.finished.pop_front().or_else(|| self.searcher.poll())
     }
 
     /// Byte offset and length of blocks.
@@ -270,31 +273,14 @@ impl Disk {
                 Operation::Zero(if self.data.punch { zero } else { zero.by_writing(io) })
             }
             DiskOp::Extents { blocks } => {
-                let result = DiskResult::Extents(self.stretches(blocks));
-                self.finished.push_back(DiskDone { id, result: Ok(result) });
-                return;
+                let _checked = self.place(blocks);
+                return self.searcher.start(id, blocks);
             }
             DiskOp::Flush => Operation::Flush,
             DiskOp::MetaWrite { offset, bytes } => Operation::Write(meta_write(io, offset, &bytes)),
         };
         self.operations.insert(id, operation);
         self.issue(io, id);
-    }
-
-    /// Where the data object has holes. io_uring has no such operation; the file system answers from its own
-    /// index, mostly out of memory.
-    fn stretches(&self, blocks: BlockRange) -> Vec<Stretch> {
-        let (at, len) = self.place(blocks);
-        let block = u64::from(self.geometry.block_size());
-        let mut holes = Holes { file: &self.data.file, at, end: at + len };
-        let mut found = Vec::new();
-        while found.len() < EXTENTS_MAX
-            && let Some((end, hole)) = holes.next_stretch(block)
-        {
-            found.push(Stretch { count: (end - holes.at) / block, hole });
-            holes.at = end;
-        }
-        found
     }
 
     fn edges(&self, io: &mut Io, buf: BufId, blocks: BlockRange, head: usize, tail: usize) -> Edges {

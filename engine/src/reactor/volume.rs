@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::mutation::{Mutation, mutated};
-use crate::replica::{ClientInput, ConnId, Output, PeerInput};
+use crate::replica::{ClientInput, ClientOp, ConnId, Output, PeerInput};
 use crate::types::{Health, Incarnation, Nanos, NodeId, ReplicaState, ReplicaStatus};
 use crate::wire::SessionId;
 
@@ -97,7 +97,8 @@ impl<C: Core> Volume<C> {
             .map_err(|source| ReactorError::Io { action: "copying an event descriptor", source })?;
         let wake = Rc::new(wake);
         io.await_event(&wake, Token::Wake);
-        let disk = Disk::new(files);
+        let mailbox = Arc::clone(&shared);
+        let disk = Disk::new(files, Arc::new(move || mailbox.wake()));
         let now = boottime_now();
         let core = make_core(now);
         let last = Arc::new(core.status());
@@ -334,7 +335,11 @@ impl<C: Core> Volume<C> {
         self.board.touched = true;
         let now = self.input_time();
         match input {
-            Input::Client(ClientInput::Request(request)) if !self.clients.is_open(request.conn) => {}
+            Input::Client(ClientInput::Request(request)) if !self.clients.is_open(request.conn) => {
+                if let ClientOp::Write(payload) = request.op {
+                    self.io.buffers.release(payload.buf);
+                }
+            }
             Input::Client(input) => self.core.handle_client(now, input),
             Input::Peer(PeerInput::Msg(session, message)) if !self.peers.is_open(session) => {
                 if let Some(buf) = content_of(&message) {
