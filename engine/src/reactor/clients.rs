@@ -72,6 +72,8 @@ struct Request {
     front: FrontRequest,
     /// Client bytes reserved for its answer, or for its pieces one after the other, which no buffer carries.
     reserved: u64,
+    /// The zeroes that are written for it at the moment, which it holds, too.
+    piece: Option<BufId>,
     /// Of a long zero request: bytes after the piece that the core has.
     rest: u64,
 }
@@ -213,7 +215,14 @@ impl Clients {
             buffers.release(buf);
         }
         for request in connection.requests.values() {
-            buffers.unreserve(request.reserved);
+            match request.piece {
+                // The core may still write it: its bytes count until it is given back.
+                Some(piece) => {
+                    buffers.charge(piece, request.reserved);
+                    buffers.release(piece);
+                }
+                None => buffers.unreserve(request.reserved),
+            }
         }
         connection.staging.release(buffers);
         self.waiting.retain(|id| *id != conn);
@@ -440,6 +449,9 @@ impl Clients {
         let Some(request) = connection.requests.get_mut(&cookie) else {
             panic!("the core answers a request twice or one that it never had: {conn:?} {cookie:?}");
         };
+        if let Some(piece) = request.piece.take() {
+            io.buffers.release(piece);
+        }
         if request.rest > 0 && result.is_ok() {
             let fills = request.front.fills();
             let done = request.front.len - request.rest;
@@ -447,7 +459,9 @@ impl Clients {
             request.rest -= len;
             let (offset, fua) = (request.front.offset + done, request.front.fua);
             let op = if fills {
-                ClientOp::Write(zero_payload(io, self.geometry, ByteRange { offset, len }))
+                let payload = zero_payload(io, self.geometry, ByteRange { offset, len });
+                request.piece = Some(payload.buf);
+                ClientOp::Write(payload)
             } else {
                 ClientOp::Zero
             };
@@ -621,7 +635,8 @@ impl Clients {
     }
 }
 
-/// Zeroes for a write: a buffer of the whole blocks that it touches.
+/// Zeroes for a write: a buffer of the whole blocks that it touches, one reference for the core and one for the
+/// request.
 fn zero_payload(io: &mut Io, geometry: Geometry, bytes: ByteRange) -> Payload {
     let blocks = geometry.bytes_of(geometry.blocks_of(bytes)).len;
     let len = usize::try_from(blocks).expect("a piece fits one payload");
@@ -629,6 +644,7 @@ fn zero_payload(io: &mut Io, geometry: Geometry, bytes: ByteRange) -> Payload {
     let content = &mut io.buffers.bytes_mut(buf)[..len];
     content.fill(0);
     let crc = crc32fast::hash(content);
+    io.buffers.retain(buf);
     Payload { buf, len: u32::try_from(len).expect("a piece fits one payload"), crc }
 }
 
@@ -671,7 +687,11 @@ impl Connection {
     ) -> Next {
         let cookie = Cookie(self.next_cookie);
         self.next_cookie += 1;
-        self.requests.insert(cookie, Request { front, reserved, rest });
+        let piece = match op {
+            ClientOp::Write(payload) if front.fills() => Some(payload.buf),
+            _ => None,
+        };
+        self.requests.insert(cookie, Request { front, reserved, piece, rest });
         let len = front.len - rest;
         Next::Request(ClientRequest { conn, cookie, op, offset: front.offset, len, fua: front.fua })
     }

@@ -355,3 +355,25 @@ fn r24_a_shut_down_client_is_found_before_the_ring_reports_it() {
     drop(client);
     assert_eq!(bench.clients.gone(), [conn]);
 }
+
+#[test]
+fn zeroes_under_way_count_until_the_core_gives_them_back_also_after_their_connection() {
+    let (mut bench, conn, mut client) = Bench::new();
+    client.send(FILL, 1, 100, 3 * MIB, &[]);
+    let piece = |next: Option<Next>| match next {
+        Some(Next::Request(ClientRequest { op: ClientOp::Write(payload), .. })) => payload,
+        other => panic!("{other:?}"),
+    };
+    let first = piece(bench.receive(conn));
+    let share = bench.io.buffers.client_bytes();
+    assert!(share >= u64::from(first.len));
+    bench.io.buffers.release(first.buf);
+    let next = bench.clients.reply(&mut bench.io, conn, Cookie(1), Ok(ReplyData::None)).map(Next::Request);
+    let second = piece(next);
+    assert_eq!(bench.io.buffers.client_bytes(), share, "one share for all pieces");
+    assert!(bench.clients.close(&mut bench.io, conn, "test"));
+    assert_eq!(bench.io.buffers.client_bytes(), share, "the core still has it");
+    bench.io.buffers.release(second.buf);
+    bench.drain();
+    assert_eq!((bench.io.buffers.in_use(), bench.io.buffers.client_bytes()), (0, 0));
+}

@@ -21,8 +21,8 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::meta::Superblock;
 use crate::replica::{
-    ClientError, ClientInput, ClientOp, ClientRequest, Digest, DiskDone, DiskOp, DiskOpId, DiskRequest,
-    DiskResult, Event, Lease, Output, PeerInput, ReplyData, Stretch,
+    ClientError, ClientInput, ClientOp, ClientRequest, Cookie, Digest, DiskDone, DiskOp, DiskOpId,
+    DiskRequest, DiskResult, Event, Lease, Output, PeerInput, ReplyData, Stretch,
 };
 use crate::types::*;
 use crate::wire::{BaseContent, BufId, PeerMsg, SessionId};
