@@ -290,10 +290,7 @@ impl RequestHeader {
     #[must_use]
     pub fn encode(&self) -> [u8; REQUEST_LEN] {
         let mut out = [0; REQUEST_LEN];
-        out[0..4].copy_from_slice(&NBD_REQUEST_MAGIC.to_be_bytes());
-        out[4..6].copy_from_slice(&self.flags.to_be_bytes());
-        out[6..8].copy_from_slice(&self.command.to_be_bytes());
-        out[8..16].copy_from_slice(&self.handle.to_be_bytes());
+        put_head(&mut out, NBD_REQUEST_MAGIC, self.flags, self.command, self.handle);
         out[16..24].copy_from_slice(&self.offset.to_be_bytes());
         out[24..28].copy_from_slice(&self.len.to_be_bytes());
         out
@@ -338,10 +335,7 @@ impl ExtendedRequestHeader {
     #[must_use]
     pub fn encode(&self) -> [u8; EXTENDED_REQUEST_LEN] {
         let mut out = [0; EXTENDED_REQUEST_LEN];
-        out[0..4].copy_from_slice(&NBD_EXTENDED_REQUEST_MAGIC.to_be_bytes());
-        out[4..6].copy_from_slice(&self.flags.to_be_bytes());
-        out[6..8].copy_from_slice(&self.command.to_be_bytes());
-        out[8..16].copy_from_slice(&self.handle.to_be_bytes());
+        put_head(&mut out, NBD_EXTENDED_REQUEST_MAGIC, self.flags, self.command, self.handle);
         out[16..24].copy_from_slice(&self.offset.to_be_bytes());
         out[24..32].copy_from_slice(&self.len.to_be_bytes());
         out
@@ -364,6 +358,14 @@ impl ExtendedRequestHeader {
             len: be64(bytes, 24),
         })
     }
+}
+
+/// What requests and chunks of both forms begin with.
+fn put_head(out: &mut [u8], magic: u32, flags: u16, kind: u16, handle: u64) {
+    out[0..4].copy_from_slice(&magic.to_be_bytes());
+    out[4..6].copy_from_slice(&flags.to_be_bytes());
+    out[6..8].copy_from_slice(&kind.to_be_bytes());
+    out[8..16].copy_from_slice(&handle.to_be_bytes());
 }
 
 impl From<RequestHeader> for ExtendedRequestHeader {
@@ -399,10 +401,7 @@ pub fn decode_simple_reply(bytes: &[u8; SIMPLE_REPLY_LEN]) -> Result<(Option<Nbd
 #[must_use]
 pub fn encode_chunk(flags: u16, kind: u16, handle: u64, len: u32) -> [u8; STRUCTURED_REPLY_LEN] {
     let mut out = [0; STRUCTURED_REPLY_LEN];
-    out[0..4].copy_from_slice(&NBD_STRUCTURED_REPLY_MAGIC.to_be_bytes());
-    out[4..6].copy_from_slice(&flags.to_be_bytes());
-    out[6..8].copy_from_slice(&kind.to_be_bytes());
-    out[8..16].copy_from_slice(&handle.to_be_bytes());
+    put_head(&mut out, NBD_STRUCTURED_REPLY_MAGIC, flags, kind, handle);
     out[16..20].copy_from_slice(&len.to_be_bytes());
     out
 }
@@ -418,10 +417,7 @@ pub fn encode_extended_chunk(
     len: u64,
 ) -> [u8; EXTENDED_REPLY_LEN] {
     let mut out = [0; EXTENDED_REPLY_LEN];
-    out[0..4].copy_from_slice(&NBD_EXTENDED_REPLY_MAGIC.to_be_bytes());
-    out[4..6].copy_from_slice(&flags.to_be_bytes());
-    out[6..8].copy_from_slice(&kind.to_be_bytes());
-    out[8..16].copy_from_slice(&handle.to_be_bytes());
+    put_head(&mut out, NBD_EXTENDED_REPLY_MAGIC, flags, kind, handle);
     out[16..24].copy_from_slice(&offset.to_be_bytes());
     out[24..32].copy_from_slice(&len.to_be_bytes());
     out

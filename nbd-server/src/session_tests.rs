@@ -11,6 +11,21 @@ fn session() -> Session {
     Session::new(&ExportInfo::new("vol0", SIZE), Replies::Simple)
 }
 
+/// The request that a write of 512 bytes at 4096 with FUA is in all forms.
+fn durable_write() -> FrontRequest {
+    FrontRequest {
+        handle: 42,
+        op: FrontOp::Write,
+        offset: 4096,
+        len: 512,
+        payload: 512,
+        fua: true,
+        no_hole: false,
+        one: false,
+        error: None,
+    }
+}
+
 fn parse(session: &mut Session, command: u16, flags: u16, offset: u64, len: u32) -> FrontRequest {
     let header = RequestHeader { flags, command, handle: 42, offset, len };
     match session.parse(&header.encode()) {
@@ -34,18 +49,7 @@ fn requests_inside_the_export_pass_at_any_alignment() {
         }
     }
     let request = parse(&mut session(), NBD_CMD_WRITE, NBD_CMD_FLAG_FUA, 4096, 512);
-    let expected = FrontRequest {
-        handle: 42,
-        op: FrontOp::Write,
-        offset: 4096,
-        len: 512,
-        payload: 512,
-        fua: true,
-        no_hole: false,
-        one: false,
-        error: None,
-    };
-    assert_eq!(request, expected);
+    assert_eq!(request, durable_write());
     let zeroes = parse(&mut session(), NBD_CMD_WRITE_ZEROES, NBD_CMD_FLAG_NO_HOLE, 0, 4096);
     assert_eq!((zeroes.error, zeroes.no_hole), (None, true));
     assert!(!parse(&mut session(), NBD_CMD_WRITE_ZEROES, 0, 0, 4096).no_hole);
@@ -227,19 +231,8 @@ fn extended_requests_have_32_bytes_and_a_magic_of_their_own() {
     assert!(matches!(extended().parse(&compact), ClientFrame::Violation(_)));
     assert!(matches!(extended().parse(&[&compact[..], &[0; 4]].concat()), ClientFrame::Violation(_)));
     assert_eq!(frame(&mut extended(), NBD_CMD_DISC, 0, 0, 0), ClientFrame::Disconnect);
-    let expected = FrontRequest {
-        handle: 42,
-        op: FrontOp::Write,
-        offset: 4096,
-        len: 512,
-        payload: 512,
-        fua: true,
-        no_hole: false,
-        one: false,
-        error: None,
-    };
     let flags = NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_PAYLOAD_LEN;
-    assert_eq!(parse_extended(NBD_CMD_WRITE, flags, 4096, 512), expected);
+    assert_eq!(parse_extended(NBD_CMD_WRITE, flags, 4096, 512), durable_write());
     let header = ExtendedRequestHeader { flags, command: NBD_CMD_WRITE, handle: 1, offset: 0, len: 512 };
     assert!(matches!(session().parse(&header.encode()[..REQUEST_LEN]), ClientFrame::Violation(_)));
 }

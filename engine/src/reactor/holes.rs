@@ -62,8 +62,7 @@ impl Searcher {
         };
         if let Some(job) = refused {
             self.jobs = None;
-            let data = vec![Stretch { count: job.blocks.count, hole: false }];
-            let done = DiskDone { id, result: Ok(DiskResult::Extents(data)) };
+            let done = DiskDone { id, result: Ok(DiskResult::Extents(all_data(job.blocks))) };
             self.answers.0.send(done).expect("the receiver lives as long as this");
             (self.waker)();
         }
@@ -107,11 +106,15 @@ fn is_trusted(file: &OwnedFd) -> bool {
     system.is_ok_and(|system| TRUSTED.contains(&(system.f_type as libc::__fsword_t)))
 }
 
+/// The answer where it cannot be told.
+fn all_data(blocks: BlockRange) -> Vec<Stretch> {
+    vec![Stretch { count: blocks.count, hole: false }]
+}
+
 /// The blocks in stretches, from the first one on; as many as one answer may have.
 fn stretches(file: &OwnedFd, block: u64, blocks: BlockRange, trusted: bool) -> Vec<Stretch> {
-    let all = vec![Stretch { count: blocks.count, hole: false }];
     let size = rustix::fs::fstat(file).ok().and_then(|stat| u64::try_from(stat.st_size).ok());
-    let Some(size) = size.filter(|_| trusted) else { return all };
+    let Some(size) = size.filter(|_| trusted) else { return all_data(blocks) };
     let mut holes = Holes { seek: |to| seek(file, to), size, block, at: blocks.start.0 * block };
     let end = blocks.end() * block;
     let mut found: Vec<Stretch> = Vec::new();
