@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 /// Version of the envelope and of the values in it.
-pub const CODEC_VERSION: u8 = 1;
+pub const CODEC_VERSION: u8 = 2;
 /// Bytes in front of the body.
 pub const HEADER_LEN: usize = 9;
 /// Longest body, in bytes.

@@ -166,8 +166,20 @@ fn volume_op() -> BoxedStrategy<ClusterOp> {
         (volume_and_epoch(), settings()).prop_map(|((volume, expected_epoch), settings)| {
             ClusterOp::ChangeSettings { volume, expected_epoch, settings }
         }),
+        client_op(),
     ]
     .boxed()
+}
+
+/// The commands about clients.
+fn client_op() -> impl Strategy<Value = ClusterOp> {
+    (volume(), ".{0,9}", option::of(member()), any::<bool>()).prop_map(
+        |(volume, client, by, attach)| match by {
+            Some(by) if attach => ClusterOp::Attach { volume, client, by },
+            None if client.is_empty() => ClusterOp::Share { volume, shared: attach },
+            by => ClusterOp::Detach { volume, client, by },
+        },
+    )
 }
 
 fn command() -> impl Strategy<Value = Command> {
@@ -396,7 +408,7 @@ proptest! {
         body.extend(text.as_bytes());
         body.extend((list.len() as u64).to_le_bytes());
         body.extend(list.iter().flat_map(|value| value.to_le_bytes()));
-        let mut expected = vec![1];
+        let mut expected = vec![2];
         expected.extend(u32::try_from(body.len()).unwrap().to_le_bytes());
         let crc = crc32fast::hash(&[&expected[..], &body].concat());
         expected.extend(crc.to_le_bytes());

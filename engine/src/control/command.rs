@@ -202,6 +202,32 @@ pub enum ClusterOp {
         /// New settings.
         settings: VolumeSettings,
     },
+    /// Attach a volume to a client host, as its primary asks before it lets that client in. Expects no epoch: who
+    /// is primary and who is attached is what it compares, and no config changes.
+    Attach {
+        /// The volume.
+        volume: VolumeId,
+        /// The client host.
+        client: String,
+        /// The primary.
+        by: Member,
+    },
+    /// End the attachment of a client host. Expects no epoch, as [`Self::Attach`].
+    Detach {
+        /// The volume.
+        volume: VolumeId,
+        /// The client host.
+        client: String,
+        /// The primary, which has seen the end of the client; `None` if an operator asks.
+        by: Option<Member>,
+    },
+    /// Allow several client hosts at once, or one only.
+    Share {
+        /// The volume.
+        volume: VolumeId,
+        /// Several.
+        shared: bool,
+    },
     /// Change the length of leases.
     SetLease {
         /// New length.

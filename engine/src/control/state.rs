@@ -3,7 +3,7 @@
 //! Plain data and look-ups. It changes only through [`apply`](super::apply::apply); it never reads a
 //! clock, draws a number or does I/O. Invariants (see [`ClusterState::check`]): epochs only grow, a
 //! volume's primary is in its in-sync set, the in-sync set is never empty and lies within the replicas,
-//! `reign <= epoch`, and a volume has no primary exactly if it is demoted.
+//! `reign <= epoch`, a volume has no primary exactly if it is demoted, and a shared volume is attached to nobody.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
@@ -25,6 +25,8 @@ pub const NODES_MAX: usize = 16;
 pub const VOLUMES_MAX: usize = 64;
 /// Longest name of a node or volume, in bytes.
 pub const NAME_LEN_MAX: usize = 64;
+/// Longest name of a client host, in bytes: a node's name or an address.
+pub const CLIENT_LEN_MAX: usize = 64;
 /// Longest address text, in bytes.
 pub const ADDR_LEN_MAX: usize = 256;
 /// Shortest lease that can be set.
@@ -147,8 +149,12 @@ pub struct VolumeRecord {
     pub lineage: LineageId,
     /// Lineages before it, oldest first.
     pub history: Vec<LineageFork>,
-    /// Log index of the last change.
+    /// Log index of the last change of what its config says; the fields below are not in the config.
     pub index: LogIndex,
+    /// Several client hosts may be attached at once, for cluster file systems. Nobody is recorded then.
+    pub shared: bool,
+    /// The client host that the volume is attached to. It alone is let in, also by another primary.
+    pub attached: Option<String>,
 }
 
 impl VolumeRecord {
@@ -185,6 +191,23 @@ impl VolumeRecord {
         }
         self.history.push(LineageFork { lineage: self.lineage, fork_epoch });
         self.lineage = lineage;
+    }
+
+    /// A client host may be served.
+    #[must_use]
+    pub fn lets_in(&self, client: &str) -> bool {
+        self.shared || self.attached.as_deref() == Some(client)
+    }
+
+    /// Why a client host may not be attached: another one is. Says what to do.
+    #[must_use]
+    pub fn refusal(&self, client: &str) -> Option<String> {
+        let holder = self.attached.as_deref().filter(|holder| *holder != client)?;
+        let name = &self.name;
+        Some(format!(
+            "volume {name} is attached by {holder}, and not shared; if that client is gone for good: `blkrepl detach \
+             {name} --client {holder}`"
+        ))
     }
 
     fn view(&self, cluster: ClusterId) -> ConfigView {
@@ -371,6 +394,12 @@ impl ClusterState {
         }
         if v.reign.0 > v.epoch.0 {
             return Some("the reign is above the epoch");
+        }
+        if v.shared && v.attached.is_some() {
+            return Some("it is shared, and attached to one client");
+        }
+        if v.attached.as_ref().is_some_and(|client| client.is_empty() || client.len() > CLIENT_LEN_MAX) {
+            return Some("the name of its client is empty or too long");
         }
         None
     }

@@ -3,8 +3,10 @@
 //!
 //! A command takes effect whole or not at all; a refusal is a value with a reason. Every change of a
 //! volume counts its epoch up by one; a change of primary sets the reign to the new epoch. The volume
-//! rules stand in [`volumes`], the node rules in [`nodes`].
+//! rules stand in [`volumes`], the node rules in [`nodes`], those about clients, which change no config and no
+//! epoch, in [`clients`].
 
+mod clients;
 mod nodes;
 #[cfg(test)]
 mod refusal_tests;
@@ -101,6 +103,9 @@ fn apply_op(state: &mut ClusterState, index: LogIndex, op: ClusterOp) -> Effect 
         ClusterOp::AddNode(record) => nodes::add(state, record),
         ClusterOp::RemoveNode { node } => nodes::remove(state, node),
         ClusterOp::SetLease { lease } => nodes::set_lease(state, lease),
+        ClusterOp::Attach { volume, client, by } => clients::attach(state, volume, client, by),
+        ClusterOp::Detach { volume, client, by } => clients::detach(state, volume, &client, by),
+        ClusterOp::Share { volume, shared } => clients::share(state, volume, shared),
         op => volumes::apply(state, index, op),
     }
 }

@@ -55,7 +55,10 @@ pub(super) fn apply(state: &mut ClusterState, index: LogIndex, op: ClusterOp) ->
         | ClusterOp::Register { .. }
         | ClusterOp::AddNode(_)
         | ClusterOp::RemoveNode { .. }
-        | ClusterOp::SetLease { .. } => unreachable!("not a command about a volume"),
+        | ClusterOp::Attach { .. }
+        | ClusterOp::Detach { .. }
+        | ClusterOp::Share { .. }
+        | ClusterOp::SetLease { .. } => unreachable!("not a command about a volume's config"),
     }
 }
 
@@ -157,6 +160,8 @@ fn create(state: &mut ClusterState, index: LogIndex, new: New) -> Effect {
         lineage: new.lineage,
         history: Vec::new(),
         index,
+        shared: false,
+        attached: None,
     };
     state.volumes.insert(record.id, record);
     Ok(Some(Epoch(1)))
