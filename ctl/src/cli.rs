@@ -56,6 +56,8 @@ pub enum Command {
     Demote(VolumeArg),
     /// Hand a volume's primary role to another node; nothing is lost, clients see a pause.
     Move(MoveArgs),
+    /// End the attachment of a client host to a volume: its connections are closed, another one may come.
+    Detach(DetachArgs),
     /// List nodes.
     #[command(subcommand)]
     Node(NodeCommand),
@@ -234,6 +236,9 @@ pub struct VolumeCreateArgs {
     /// When a write is committed.
     #[arg(long, value_enum, default_value_t = DurabilityArg::Flush)]
     pub durability: DurabilityArg,
+    /// How many client hosts may be attached at once.
+    #[arg(long, value_enum, default_value_t = SharingArg::Exclusive)]
+    pub sharing: SharingArg,
 }
 
 /// `blkrepl volume set`.
@@ -259,6 +264,10 @@ pub struct VolumeSetArgs {
     /// A disk request that takes more milliseconds makes its replica unhealthy [a new volume's: 30000].
     #[arg(long, value_name = "MS")]
     pub disk_timeout: Option<u64>,
+    /// How many client hosts may be attached at once. With `exclusive` all clients are disconnected once, and the
+    /// first that comes back has the volume [a new volume's: exclusive].
+    #[arg(long, value_enum)]
+    pub sharing: Option<SharingArg>,
 }
 
 /// `blkrepl volume recreate`.
@@ -278,6 +287,25 @@ pub enum DurabilityArg {
     Flush,
     /// Every write is stable before it is acknowledged.
     Always,
+}
+
+/// How many client hosts may be attached to a volume at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SharingArg {
+    /// One, with any number of connections.
+    Exclusive,
+    /// Any number: for cluster file systems only, others are destroyed by that.
+    Shared,
+}
+
+/// `blkrepl detach`.
+#[derive(Debug, Args)]
+pub struct DetachArgs {
+    /// Name of the volume.
+    pub volume: String,
+    /// The client host, as `blkrepl status` names it.
+    #[arg(long, value_name = "CLIENT")]
+    pub client: String,
 }
 
 /// `blkrepl promote`.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 
 use crate::admin::client::{self, AskError};
-use crate::admin::{Done, DurabilityWord, Request, StatusView};
+use crate::admin::{Done, DurabilityWord, Request, SharingWord, StatusView};
 use crate::cli::{DevArgs, TimingArgs};
 use crate::cluster_json::{self, ClusterJson};
 use crate::node_dir::DirLock;
@@ -141,6 +141,7 @@ impl DevCluster {
             size,
             replicas: Vec::new(),
             durability,
+            sharing: SharingWord::Exclusive,
         };
         let admin = &self.supervisor.nodes[0].config.admin;
         let done: Done = client::ask(admin, &request, client::ANSWER_TIMEOUT)?;

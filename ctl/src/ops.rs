@@ -5,6 +5,8 @@
 //! node over the control plane with a [`NodeCall`]. Every check here only gives a better answer sooner: the
 //! control plane and the core check again and have the last word.
 
+mod clients;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,8 +18,8 @@ use blkrepl_engine::types::{
 use serde::{Deserialize, Serialize};
 
 use crate::admin::server::{AdminApi, ReplyFuture, to_reply};
-use crate::admin::{Done, DurabilityWord, Reply, Request, SettingsChange, StatusView};
-use crate::cli::DurabilityArg;
+use crate::admin::{Done, DurabilityWord, Reply, Request, SettingsChange, SharingWord, StatusView};
+use crate::cli::{DurabilityArg, SharingArg};
 use crate::config::check_name;
 use crate::events::Happening;
 use crate::render;
@@ -94,6 +96,15 @@ impl From<DurabilityArg> for DurabilityWord {
     }
 }
 
+impl From<SharingArg> for SharingWord {
+    fn from(arg: SharingArg) -> Self {
+        match arg {
+            SharingArg::Exclusive => Self::Exclusive,
+            SharingArg::Shared => Self::Shared,
+        }
+    }
+}
+
 /// Carries out what comes over the admin socket.
 pub struct Ops(pub Arc<Node>);
 
@@ -104,10 +115,15 @@ impl AdminApi for Ops {
             let result = match request {
                 Request::Status {} => return to_reply(&status(&node).await),
                 Request::Events { .. } => Err("events are answered by the admin server".to_string()),
-                Request::VolumeCreate { volume, size, replicas, durability } => {
-                    create(&node, &volume, size, &replicas, durability).await
+                Request::VolumeCreate { volume, size, replicas, durability, sharing } => {
+                    let created = create(&node, &volume, size, &replicas, durability).await;
+                    and_share(&node, &volume, created, (sharing == SharingWord::Shared).then_some(sharing))
+                        .await
                 }
-                Request::VolumeSet { volume, change } => set(&node, &volume, change).await,
+                Request::VolumeSet { volume, change, sharing } => {
+                    let changed = set(&node, &volume, change).await;
+                    and_share(&node, &volume, changed, sharing).await
+                }
                 Request::VolumeRecreate { volume, discard_data } => {
                     recreate(&node, &volume, discard_data).await
                 }
@@ -116,6 +132,7 @@ impl AdminApi for Ops {
                 }
                 Request::Demote { volume } => demote(&node, &volume).await,
                 Request::Move { volume, to } => move_to(&node, &volume, &to).await,
+                Request::Detach { volume, client } => clients::detach(&node, &volume, &client).await,
                 Request::SetLease { ms } => set_lease(&node, ms).await,
             };
             match result {
@@ -124,6 +141,20 @@ impl AdminApi for Ops {
             }
         })
     }
+}
+
+/// After a change that was made, the one of sharing, if there is one.
+async fn and_share(
+    node: &Arc<Node>,
+    volume: &str,
+    before: Result<Done, String>,
+    sharing: Option<SharingWord>,
+) -> Result<Done, String> {
+    let before = before?;
+    let Some(sharing) = sharing else { return Ok(before) };
+    let shared = clients::share(node, volume, sharing).await;
+    let shared = shared.map_err(|why| format!("{}, but not its sharing: {why}", before.text))?;
+    Ok(Done { text: format!("{}; {}", before.text, shared.text), ..shared })
 }
 
 /// Answers another node.

@@ -2,7 +2,7 @@
 //!
 //! Text for people, free to change. Pure: values in, text out.
 
-use crate::admin::{Done, NodeView, ReplicaView, SettingsView, StatusView, VolumeView};
+use crate::admin::{Done, NodeView, ReplicaView, SettingsView, SharingWord, StatusView, VolumeView};
 use crate::events::{EventRecord, format_wall};
 
 /// Bytes with a binary unit and at most one digit after the point.
@@ -121,6 +121,11 @@ pub fn volume(v: &VolumeView) -> String {
     if let Some(note) = &v.note {
         out.push_str(&format!("  {note}\n"));
     }
+    match (&v.attached, v.sharing) {
+        (Some(client), _) => out.push_str(&format!("  attached by {client}\n")),
+        (None, SharingWord::Exclusive) => out.push_str("  attached by nobody\n"),
+        (None, SharingWord::Shared) => out.push_str("  shared by any number of client hosts\n"),
+    }
     if let Some(set) = &v.settings {
         out.push_str(&format!("  settings: {}\n", settings(set)));
     }
@@ -191,6 +196,8 @@ pub(crate) mod tests {
             block_size: 4096,
             durability: DurabilityWord::Flush,
             settings: Some(VolumeSettings::default().into()),
+            sharing: SharingWord::Exclusive,
+            attached: Some("n1".into()),
             epoch: 5,
             reign: 4,
             lineage: "1".repeat(32),
@@ -255,6 +262,7 @@ volume vol0  1 GiB  serving  primary n2  epoch 5  reign 4  degraded
   NODE  ROLE       STATE      LACKS  RESYNC
   n1    secondary  resyncing  3 MiB  1 MiB of 4 MiB at 1 MiB/s, 3 s left
   n2    primary    in-sync    0 B    -
+  attached by n1
   settings: resync-latency 10 ms, resync-window 4 MiB, intent-regions 256, peer-timeout 1000 ms, disk-timeout 30000 ms
 ";
         assert_eq!(volume(&sample()), expected);

@@ -89,6 +89,9 @@ fn dispatch(cli: &Cli) -> anyhow::Result<()> {
         Command::Move(args) => {
             change(cli, &Request::Move { volume: args.volume.clone(), to: args.to.clone() })
         }
+        Command::Detach(args) => {
+            change(cli, &Request::Detach { volume: args.volume.clone(), client: args.client.clone() })
+        }
         Command::Node(NodeCommand::List) => {
             let view = ask_status(cli)?;
             print(cli, &view.nodes, || render::nodes(&view.nodes))
@@ -113,6 +116,7 @@ fn volume(cli: &Cli, command: &VolumeCommand) -> anyhow::Result<()> {
                     size: args.size,
                     replicas: args.replicas.clone(),
                     durability: args.durability.into(),
+                    sharing: args.sharing.into(),
                 },
             )
         }
@@ -124,10 +128,11 @@ fn volume(cli: &Cli, command: &VolumeCommand) -> anyhow::Result<()> {
                 resync_window_bytes: args.resync_window,
                 resync_latency_ms: args.resync_latency,
             };
-            if wanted == SettingsChange::default() {
+            if wanted == SettingsChange::default() && args.sharing.is_none() {
                 anyhow::bail!("name at least one setting to change; see `blkrepl volume set --help`");
             }
-            change(cli, &Request::VolumeSet { volume: args.volume.clone(), change: wanted })
+            let sharing = args.sharing.map(Into::into);
+            change(cli, &Request::VolumeSet { volume: args.volume.clone(), change: wanted, sharing })
         }
         VolumeCommand::Recreate(args) => change(
             cli,

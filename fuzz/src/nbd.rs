@@ -11,7 +11,9 @@ use blkrepl_nbd::proto::{
     NBD_STRUCTURED_REPLY_MAGIC, OPTION_REPLY_HEADER_LEN, REQUEST_LEN, RequestHeader, STRING_BYTES_MAX,
     STRUCTURED_REPLY_LEN, decode_simple_reply,
 };
-use blkrepl_nbd::{Attached, Contexts, ExportInfo, ExportRefusal, Exports, MetaContext, Replies, Session};
+use blkrepl_nbd::{
+    Admitting, Contexts, ExportInfo, ExportRefusal, Exports, MetaContext, Peer, Replies, Session,
+};
 
 use crate::Verdict;
 use crate::input::Input;
@@ -36,7 +38,7 @@ impl Exports for Shelf {
         self.0.iter().map(|export| export.name.clone()).collect()
     }
 
-    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
+    fn open(&self, name: &str, _: Peer) -> Result<ExportInfo, ExportRefusal> {
         match name {
             "policy" => Err(ExportRefusal::Policy(format!("{name} is not served here"))),
             "shutdown" => Err(ExportRefusal::Shutdown),
@@ -49,8 +51,8 @@ impl Exports for Shelf {
         }
     }
 
-    fn attach(&self, name: &str, _client: Attached) {
-        panic!("a negotiation attached {name}, which is for the server to do");
+    fn admit(&self, name: &str, _: Peer) -> Admitting {
+        panic!("a negotiation admitted a client to {name}, which is for the server to do");
     }
 }
 
@@ -60,11 +62,11 @@ pub fn nbd_negotiation(data: &[u8]) -> Verdict {
     let mut input = Input::new(data);
     let exports = Shelf::new(input.u8() % 4);
     let mut out = Vec::new();
-    let mut negotiation = Negotiation::new(&mut out);
+    let mut negotiation = Negotiation::new(Peer::Unix, &mut out);
     assert_eq!(out.len(), GREETING_LEN);
     loop {
         out.clear();
-        let progress = match negotiation.wants() {
+        let mut progress = match negotiation.wants() {
             Want::Bytes(len) => {
                 assert!((1..=OPTION_BYTES_MAX as usize).contains(&len), "{len} bytes wanted");
                 let Some(bytes) = input.exactly(len) else { return Verdict::Refused };
@@ -77,12 +79,20 @@ pub fn nbd_negotiation(data: &[u8]) -> Verdict {
                 negotiation.advance(&[], &exports, &mut out)
             }
         };
+        if let Progress::Admit(info) = &progress {
+            assert!(out.is_empty(), "an answer before the admission");
+            // A name of even length is admitted.
+            let refusal = || ExportRefusal::Policy(format!("{} is attached by another client", info.name));
+            let admitted = (info.name.len() % 2 == 0).then_some(()).ok_or_else(refusal);
+            progress = negotiation.admitted(admitted, &mut out);
+        }
         assert!(out.len() <= ANSWER_BYTES_MAX, "an answer of {} bytes", out.len());
         match progress {
+            Progress::Admit(_) => panic!("an admission was asked for twice"),
             Progress::Continue => check_replies(&out),
             Progress::Transmission(info, replies, contexts) => {
                 assert!(replies != Replies::Simple || contexts.is_empty(), "contexts need chunks");
-                assert_eq!(exports.open(&info.name).as_ref(), Ok(&info));
+                assert_eq!(exports.open(&info.name, Peer::Unix).as_ref(), Ok(&info));
                 // The answer to NBD_OPT_EXPORT_NAME has a form of its own.
                 if ![10, 10 + EXPORT_NAME_ZEROES].contains(&out.len()) {
                     check_replies(&out);

@@ -1,15 +1,49 @@
 //! What the NBD server needs from whoever owns the volumes, and what it hands over.
 //!
-//! Plain data and one trait. Nothing here talks to a network. A connection changes hands exactly once, in
-//! [`Exports::attach`], after which this package never touches its socket again.
+//! Plain data and two traits. Nothing here talks to a network. A connection changes hands exactly once, in
+//! [`Admission::attach`], after which this package never touches its socket again.
 
 use std::fmt;
+use std::future::Future;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
+use std::pin::Pin;
 
 use blkrepl_engine::reactor::client::ClientProtocol;
 use thiserror::Error;
 
 use crate::proto;
+
+/// Where a client's connection comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// A unix socket: from this machine.
+    Unix,
+    /// TCP.
+    Tcp {
+        /// The client's address.
+        remote: IpAddr,
+        /// The address that it connected to.
+        local: IpAddr,
+    },
+}
+
+impl Peer {
+    /// The address that it comes from; `None` if it comes from this machine.
+    #[must_use]
+    pub fn elsewhere(self) -> Option<IpAddr> {
+        match self {
+            Self::Unix => None,
+            Self::Tcp { remote, local } => {
+                let (remote, local) = (remote.to_canonical(), local.to_canonical());
+                (!remote.is_loopback() && remote != local).then_some(remote)
+            }
+        }
+    }
+}
+
+/// What [`Exports::admit`] decides.
+pub type Admitting = Pin<Box<dyn Future<Output = Result<Box<dyn Admission>, ExportRefusal>> + Send>>;
 
 /// The volumes that are served, as the negotiation sees them. Called on the threads of the async runtime:
 /// no call may block.
@@ -17,15 +51,35 @@ pub trait Exports: Send + Sync + 'static {
     /// Names of all volumes that the node has a replica of, primary or not.
     fn list(&self) -> Vec<String>;
 
-    /// What a client is told about the volume `name`, if it may be served here and now.
+    /// What a client is told about the volume `name`, if it may be served here and now, to a client that
+    /// comes from `peer`.
     ///
     /// # Errors
     /// Why it may not; becomes the error reply to the client's option.
-    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal>;
+    fn open(&self, name: &str, peer: Peer) -> Result<ExportInfo, ExportRefusal>;
 
-    /// Takes over a connection that has just entered the transmission phase of the volume `name` (which is
-    /// [`ExportInfo::name`]). Whoever cannot serve it any more drops it, which closes the connection.
-    fn attach(&self, name: &str, client: Attached);
+    /// Decides whether one connection from `peer` may enter the transmission phase of the volume `name` (which is
+    /// [`ExportInfo::name`]). Takes what it takes; whoever does not want to wait drops it, and nothing stays of it.
+    fn admit(&self, name: &str, peer: Peer) -> Admitting;
+}
+
+/// The right of one connection to be served. Given back when it is dropped.
+pub trait Admission: Send {
+    /// Takes over the connection, which has just entered the transmission phase. Whoever cannot serve it any more
+    /// drops it, which closes the connection.
+    fn attach(self: Box<Self>, client: Attached);
+}
+
+impl<F: FnOnce(Attached) + Send> Admission for F {
+    fn attach(self: Box<Self>, client: Attached) {
+        self(client);
+    }
+}
+
+/// Admits a client at once; `attach` takes its connection over.
+pub fn admit_with(attach: impl FnOnce(Attached) + Send + 'static) -> Admitting {
+    let admission: Box<dyn Admission> = Box::new(attach);
+    Box::pin(std::future::ready(Ok(admission)))
 }
 
 /// What a client learns about an export.
@@ -123,5 +177,24 @@ pub struct Attached {
 impl fmt::Debug for Attached {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Attached").field("fd", &self.fd).field("peer", &self.peer).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_of_this_machine_is_told_from_one_elsewhere() {
+        let tcp = |remote: &str, local: &str| Peer::Tcp {
+            remote: remote.parse().unwrap(),
+            local: local.parse().unwrap(),
+        };
+        assert_eq!(Peer::Unix.elsewhere(), None);
+        assert_eq!(tcp("127.0.0.1", "127.0.0.1").elsewhere(), None);
+        assert_eq!(tcp("192.0.2.1", "192.0.2.1").elsewhere(), None);
+        assert_eq!(tcp("192.0.2.7", "192.0.2.1").elsewhere(), Some("192.0.2.7".parse().unwrap()));
+        assert_eq!(tcp("::ffff:192.0.2.7", "::").elsewhere(), Some("192.0.2.7".parse().unwrap()));
+        assert_eq!(tcp("::ffff:127.0.0.1", "::ffff:127.0.0.1").elsewhere(), None);
     }
 }

@@ -34,7 +34,9 @@ pub use client::{
     list_exports,
 };
 pub use context::{Contexts, MetaContext};
-pub use export::{Attached, ExportInfo, ExportRefusal, Exports, Replies};
+pub use export::{
+    Admission, Admitting, Attached, ExportInfo, ExportRefusal, Exports, Peer, Replies, admit_with,
+};
 pub use listen::{ListenAddr, ListenError};
 pub use proto::NbdErrno;
 pub use server::{Server, ServerOptions};

@@ -15,6 +15,8 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
+use crate::export::Peer;
+
 /// Longest path of a unix socket in bytes, by the size of the kernel's `sun_path` less its final NUL.
 const UNIX_PATH_MAX: usize = 107;
 /// How long a server on the other end of an existing socket file may take to be connected to. A server that
@@ -94,6 +96,17 @@ pub(crate) enum Accepted {
 }
 
 impl Accepted {
+    /// Where it comes from.
+    pub(crate) fn peer(&self) -> io::Result<Peer> {
+        match self {
+            Self::Tcp(stream) => {
+                let (remote, local) = (stream.peer_addr()?.ip(), stream.local_addr()?.ip());
+                Ok(Peer::Tcp { remote, local })
+            }
+            Self::Unix(_) => Ok(Peer::Unix),
+        }
+    }
+
     /// Number of its file descriptor.
     pub(crate) fn descriptor(&self) -> i32 {
         match self {

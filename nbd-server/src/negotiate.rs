@@ -3,7 +3,8 @@
 //! The machine says how many bytes it wants next ([`Negotiation::wants`]), and the caller reads exactly as
 //! many, never more. So nothing of the transmission phase is ever read here, and the socket can be handed
 //! over as it is, without left-over bytes. It does no I/O, knows no clock, and asks [`Exports`] only for
-//! names and facts; it never attaches anything.
+//! names and facts; it never attaches anything. Before a client enters the transmission phase it asks its caller
+//! to have it admitted ([`Progress::Admit`]), which may take a while, and goes on with [`Negotiation::admitted`].
 //!
 //! Memory is bounded whatever the peer sends: an option's data is held only up to [`OPTION_BYTES_MAX`],
 //! longer data is thrown away as it comes, up to [`OPTION_DRAIN_MAX`], and there are at most
@@ -12,7 +13,7 @@
 use thiserror::Error;
 
 use crate::context::{Contexts, MetaRequest};
-use crate::export::{ExportInfo, ExportRefusal, Exports, Replies};
+use crate::export::{ExportInfo, ExportRefusal, Exports, Peer, Replies};
 use crate::proto::{self, be16, be32, be64, parse_string};
 
 /// Longest option data that is looked at, in bytes: a longest name, and two longest queries for metadata contexts
@@ -37,6 +38,8 @@ pub enum Want {
 pub enum Progress {
     /// Send what was put out, then go on with [`Negotiation::wants`].
     Continue,
+    /// The client wants to be served this export. Nothing was put out. Go on with [`Negotiation::admitted`].
+    Admit(ExportInfo),
     /// Send what was put out; the next byte from the client is the first request on this export, to be answered
     /// by such replies, with these metadata contexts.
     Transmission(ExportInfo, Replies, Contexts),
@@ -93,18 +96,37 @@ enum State {
     OptionHeader,
     OptionData { option: u32, len: u32 },
     OptionDiscard { option: u32, len: u32, reply: u32 },
+    Admitting,
     Ended,
 }
 
 /// One negotiation.
 #[derive(Clone, Debug)]
 pub struct Negotiation {
+    peer: Peer,
     state: State,
+    admitting: Option<Entering>,
     fixed_newstyle: bool,
     no_zeroes: bool,
     replies: Replies,
     selection: Option<Selection>,
     options: u32,
+}
+
+/// A client that wants to enter the transmission phase.
+#[derive(Clone, Debug)]
+struct Entering {
+    info: ExportInfo,
+    how: Entry,
+}
+
+/// The option by which it does.
+#[derive(Clone, Debug)]
+enum Entry {
+    /// `NBD_OPT_EXPORT_NAME`, with the name as the client gave it.
+    ExportName(String),
+    /// `NBD_OPT_GO`, with the information that it asks for, two bytes each.
+    Go(Vec<u8>),
 }
 
 /// The metadata contexts that were chosen, and for which export: that of the canonical name.
@@ -115,15 +137,17 @@ struct Selection {
 }
 
 impl Negotiation {
-    /// Begins a negotiation and appends the server's greeting to `out`.
+    /// Begins a negotiation with a client that comes from `peer`, and appends the server's greeting to `out`.
     #[must_use]
-    pub fn new(out: &mut Vec<u8>) -> Self {
+    pub fn new(peer: Peer, out: &mut Vec<u8>) -> Self {
         out.extend_from_slice(&proto::NBDMAGIC.to_be_bytes());
         out.extend_from_slice(&proto::IHAVEOPT.to_be_bytes());
         let flags = proto::NBD_FLAG_FIXED_NEWSTYLE | proto::NBD_FLAG_NO_ZEROES;
         out.extend_from_slice(&flags.to_be_bytes());
         Self {
+            peer,
             state: State::ClientFlags,
+            admitting: None,
             fixed_newstyle: false,
             no_zeroes: false,
             replies: Replies::default(),
@@ -132,7 +156,7 @@ impl Negotiation {
         }
     }
 
-    /// What is to be read next. Meaningless (0 bytes) once the negotiation has ended.
+    /// What is to be read next. Meaningless (0 bytes) once the negotiation has ended, or waits for an admission.
     #[must_use]
     pub fn wants(&self) -> Want {
         match self.state {
@@ -140,14 +164,15 @@ impl Negotiation {
             State::OptionHeader => Want::Bytes(proto::OPTION_HEADER_LEN),
             State::OptionData { len, .. } => Want::Bytes(len as usize),
             State::OptionDiscard { len, .. } => Want::Discard(len),
-            State::Ended => Want::Bytes(0),
+            State::Admitting | State::Ended => Want::Bytes(0),
         }
     }
 
     /// Takes the bytes that were wanted and appends what is to be sent to `out`.
     ///
     /// # Panics
-    /// If the caller gives another number of bytes than was wanted, or goes on after the end.
+    /// If the caller gives another number of bytes than was wanted, goes on after the end, or owes an
+    /// [`admitted`](Self::admitted).
     pub fn advance(&mut self, bytes: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
         let expected = match self.wants() {
             Want::Bytes(len) => len,
@@ -163,12 +188,54 @@ impl Negotiation {
                 put_error(out, option, reply, refusal_text(reply));
                 Progress::Continue
             }
+            State::Admitting => panic!("a negotiation that waits for an admission was given other input"),
             State::Ended => panic!("a negotiation that has ended was given more input"),
         };
-        if !matches!(progress, Progress::Continue) {
-            self.state = State::Ended;
-        }
+        self.enter_state(&progress);
         progress
+    }
+
+    /// Takes what became of [`Progress::Admit`] and appends what is to be sent to `out`.
+    ///
+    /// # Panics
+    /// If no admission was asked for.
+    pub fn admitted(&mut self, result: Result<(), ExportRefusal>, out: &mut Vec<u8>) -> Progress {
+        let entering = self.admitting.take().expect("an admission is answered once, after it was asked for");
+        self.state = State::OptionHeader;
+        let progress = match (entering.how, result) {
+            (Entry::Go(wanted), Ok(())) => {
+                put_infos(out, proto::NBD_OPT_GO, &entering.info, self.replies, &wanted);
+                put_reply(out, proto::NBD_OPT_GO, proto::NBD_REP_ACK, &[]);
+                self.enter(entering.info)
+            }
+            (Entry::Go(_), Err(refusal)) => {
+                put_refusal(out, proto::NBD_OPT_GO, &refusal);
+                Progress::Continue
+            }
+            (Entry::ExportName(_), Ok(())) => {
+                self.put_export(&entering.info, out);
+                self.enter(entering.info)
+            }
+            (Entry::ExportName(name), Err(refusal)) => {
+                Progress::Close(CloseReason::ExportNameRefused { name, refusal })
+            }
+        };
+        self.enter_state(&progress);
+        progress
+    }
+
+    fn enter_state(&mut self, progress: &Progress) {
+        match progress {
+            Progress::Continue => {}
+            Progress::Admit(_) => self.state = State::Admitting,
+            Progress::Transmission(..) | Progress::Close(_) => self.state = State::Ended,
+        }
+    }
+
+    /// Asks for the admission of a client to an export.
+    fn ask(&mut self, info: ExportInfo, how: Entry) -> Progress {
+        self.admitting = Some(Entering { info: info.clone(), how });
+        Progress::Admit(info)
     }
 
     fn on_client_flags(&mut self, flags: u32) -> Progress {
@@ -235,7 +302,7 @@ impl Negotiation {
     fn on_option(&mut self, option: u32, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
         self.state = State::OptionHeader;
         match option {
-            proto::NBD_OPT_EXPORT_NAME => self.on_export_name(data, exports, out),
+            proto::NBD_OPT_EXPORT_NAME => self.on_export_name(data, exports),
             proto::NBD_OPT_ABORT => {
                 // Data, if any, is ignored, as the specification wants it.
                 put_reply(out, option, proto::NBD_REP_ACK, &[]);
@@ -328,7 +395,7 @@ impl Negotiation {
             put_error(out, option, proto::NBD_REP_ERR_INVALID, text);
             return None;
         };
-        match open(exports, request.name) {
+        match open(exports, request.name, self.peer) {
             Ok(info) => Some((info, request)),
             Err(refusal) => {
                 put_refusal(out, option, &refusal);
@@ -337,26 +404,28 @@ impl Negotiation {
         }
     }
 
-    fn on_export_name(&self, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
+    fn on_export_name(&mut self, data: &[u8], exports: &dyn Exports) -> Progress {
         if self.replies == Replies::Extended {
             return Progress::Close(CloseReason::ExportNameExtended);
         }
         let Some(name) = parse_string(data) else {
             return Progress::Close(CloseReason::ExportNameMalformed);
         };
-        let info = match open(exports, name) {
-            Ok(info) => info,
+        match open(exports, name, self.peer) {
+            Ok(info) => self.ask(info, Entry::ExportName(name.to_owned())),
             Err(refusal) => {
-                let name = name.to_owned();
-                return Progress::Close(CloseReason::ExportNameRefused { name, refusal });
+                Progress::Close(CloseReason::ExportNameRefused { name: name.to_owned(), refusal })
             }
-        };
+        }
+    }
+
+    /// The answer to `NBD_OPT_EXPORT_NAME`.
+    fn put_export(&self, info: &ExportInfo, out: &mut Vec<u8>) {
         out.extend_from_slice(&info.size.to_be_bytes());
         out.extend_from_slice(&info.transmission_flags(self.replies).to_be_bytes());
         if !self.no_zeroes {
             out.extend_from_slice(&[0; proto::EXPORT_NAME_ZEROES]);
         }
-        self.enter(info)
     }
 
     /// What was agreed to on an export that the client goes on with.
@@ -366,22 +435,23 @@ impl Negotiation {
         Progress::Transmission(info, self.replies, contexts)
     }
 
-    fn on_info(&self, option: u32, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
+    fn on_info(&mut self, option: u32, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
         let Some(request) = InfoRequest::parse(data) else {
             let text = "the lengths in the option's data contradict each other, or the name is not a string";
             put_error(out, option, proto::NBD_REP_ERR_INVALID, text);
             return Progress::Continue;
         };
-        let info = match open(exports, request.name) {
-            Ok(info) => info,
-            Err(refusal) => {
-                put_refusal(out, option, &refusal);
-                return Progress::Continue;
+        match open(exports, request.name, self.peer) {
+            Ok(info) if option == proto::NBD_OPT_GO => {
+                return self.ask(info, Entry::Go(request.wanted.to_vec()));
             }
-        };
-        put_infos(out, option, &info, self.replies, &request);
-        put_reply(out, option, proto::NBD_REP_ACK, &[]);
-        if option == proto::NBD_OPT_GO { self.enter(info) } else { Progress::Continue }
+            Ok(info) => {
+                put_infos(out, option, &info, self.replies, request.wanted);
+                put_reply(out, option, proto::NBD_REP_ACK, &[]);
+            }
+            Err(refusal) => put_refusal(out, option, &refusal),
+        }
+        Progress::Continue
     }
 }
 
@@ -404,20 +474,22 @@ fn on_list(data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) {
     put_reply(out, proto::NBD_OPT_LIST, proto::NBD_REP_ACK, &[]);
 }
 
-fn put_infos(out: &mut Vec<u8>, option: u32, info: &ExportInfo, replies: Replies, request: &InfoRequest<'_>) {
+/// `wanted`: the information that was asked for, two bytes each.
+fn put_infos(out: &mut Vec<u8>, option: u32, info: &ExportInfo, replies: Replies, wanted: &[u8]) {
+    let wants = |what: u16| wanted.chunks_exact(2).any(|pair| be16(pair, 0) == what);
     let mut export = proto::NBD_INFO_EXPORT.to_be_bytes().to_vec();
     export.extend_from_slice(&info.size.to_be_bytes());
     export.extend_from_slice(&info.transmission_flags(replies).to_be_bytes());
     put_reply(out, option, proto::NBD_REP_INFO, &export);
-    if request.wants(proto::NBD_INFO_NAME) {
+    if wants(proto::NBD_INFO_NAME) {
         let body = [&proto::NBD_INFO_NAME.to_be_bytes(), info.name.as_bytes()].concat();
         put_reply(out, option, proto::NBD_REP_INFO, &body);
     }
-    if request.wants(proto::NBD_INFO_DESCRIPTION) {
+    if wants(proto::NBD_INFO_DESCRIPTION) {
         let body = [&proto::NBD_INFO_DESCRIPTION.to_be_bytes(), info.description().as_bytes()].concat();
         put_reply(out, option, proto::NBD_REP_INFO, &body);
     }
-    if request.wants(proto::NBD_INFO_BLOCK_SIZE) {
+    if wants(proto::NBD_INFO_BLOCK_SIZE) {
         let mut body = proto::NBD_INFO_BLOCK_SIZE.to_be_bytes().to_vec();
         for size in [info.min_block, info.preferred_block, info.max_payload] {
             body.extend_from_slice(&size.to_be_bytes());
@@ -427,13 +499,13 @@ fn put_infos(out: &mut Vec<u8>, option: u32, info: &ExportInfo, replies: Replies
 }
 
 /// Opens an export; the empty name means the only one.
-fn open(exports: &dyn Exports, name: &str) -> Result<ExportInfo, ExportRefusal> {
+fn open(exports: &dyn Exports, name: &str, peer: Peer) -> Result<ExportInfo, ExportRefusal> {
     if !name.is_empty() {
-        return exports.open(name);
+        return exports.open(name, peer);
     }
     let mut names = exports.list();
     match (names.pop(), names.len()) {
-        (Some(only), 0) => exports.open(&only),
+        (Some(only), 0) => exports.open(&only, peer),
         (None, _) => Err(ExportRefusal::Unknown("this node has no volume".into())),
         (Some(_), others) => Err(ExportRefusal::Unknown(format!(
             "no export name was given and this node has {} volumes; name one of them",
@@ -460,10 +532,6 @@ impl<'a> InfoRequest<'a> {
             return None;
         }
         Some(Self { name: parse_string(name)?, wanted })
-    }
-
-    fn wants(&self, info: u16) -> bool {
-        self.wanted.chunks_exact(2).any(|pair| be16(pair, 0) == info)
     }
 }
 

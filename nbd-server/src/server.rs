@@ -1,7 +1,7 @@
 //! Accept loops and the negotiation of each connection, on tokio.
 //!
 //! A connection lives here from its accept to the end of its negotiation, at most
-//! [`ServerOptions::negotiation_timeout`]; then its socket goes to [`Exports::attach`] and this module
+//! [`ServerOptions::negotiation_timeout`]; then its socket goes to [`Admission::attach`] and this module
 //! forgets it. It never reads a byte of the transmission phase: the negotiation says how many bytes it
 //! wants, and exactly as many are taken from the socket.
 //!
@@ -21,7 +21,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
 use crate::context::Contexts;
-use crate::export::{Attached, ExportInfo, Exports, Replies};
+use crate::export::{Admission, Attached, ExportInfo, Exports, Peer, Replies};
 use crate::listen::{Accepted, ListenAddr, ListenError, Listener};
 use crate::negotiate::{CloseReason, Negotiation, OPTION_BYTES_MAX, Progress, Want};
 use crate::session::Session;
@@ -154,15 +154,28 @@ impl Acceptor {
     }
 }
 
+/// What a negotiation came to that did not end the connection.
+struct Agreed {
+    info: ExportInfo,
+    replies: Replies,
+    contexts: Contexts,
+    admission: Box<dyn Admission>,
+}
+
 /// One connection from accept to hand-over.
 async fn serve(mut stream: Accepted, peer: &str, exports: &dyn Exports, timeout: Duration) {
+    let from = match stream.peer() {
+        Ok(from) => from,
+        Err(e) => return tracing::debug!(peer, "NBD connection lost before its negotiation: {e}"),
+    };
     let negotiation = async {
         match &mut stream {
-            Accepted::Tcp(stream) => negotiate(stream, exports).await,
-            Accepted::Unix(stream) => negotiate(stream, exports).await,
+            Accepted::Tcp(stream) => negotiate(stream, from, exports).await,
+            Accepted::Unix(stream) => negotiate(stream, from, exports).await,
         }
     };
-    let (info, replies, contexts) = match tokio::time::timeout(timeout, negotiation).await {
+    let Agreed { info, replies, contexts, admission } = match tokio::time::timeout(timeout, negotiation).await
+    {
         Ok(Ok(Ok(agreed))) => agreed,
         Ok(Ok(Err(reason))) => return tracing::debug!(peer, "NBD negotiation ended: {reason}"),
         Ok(Err(e)) => return tracing::debug!(peer, "NBD connection lost in the negotiation: {e}"),
@@ -172,7 +185,7 @@ async fn serve(mut stream: Accepted, peer: &str, exports: &dyn Exports, timeout:
         Ok(fd) => {
             tracing::debug!(peer, export = info.name, "NBD client attached");
             let protocol = Box::new(Session::new(&info, replies).with_contexts(contexts));
-            exports.attach(&info.name, Attached { fd, protocol, peer: peer.to_owned() });
+            admission.attach(Attached { fd, protocol, peer: peer.to_owned() });
         }
         Err(e) => tracing::warn!(peer, "cannot hand over an NBD connection: {e}"),
     }
@@ -181,10 +194,12 @@ async fn serve(mut stream: Accepted, peer: &str, exports: &dyn Exports, timeout:
 /// Runs a negotiation on a stream, reading exactly what it wants.
 async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
+    from: Peer,
     exports: &dyn Exports,
-) -> io::Result<Result<(ExportInfo, Replies, Contexts), CloseReason>> {
+) -> io::Result<Result<Agreed, CloseReason>> {
     let mut out = Vec::new();
-    let mut machine = Negotiation::new(&mut out);
+    let mut machine = Negotiation::new(from, &mut out);
+    let mut admission = None;
     // Most negotiations need a few hundred bytes; grows to the largest option data at most.
     let mut buf = vec![0; 256];
     loop {
@@ -212,12 +227,19 @@ async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
                 &[]
             }
         };
-        match machine.advance(bytes, exports, &mut out) {
+        let mut progress = machine.advance(bytes, exports, &mut out);
+        if let Progress::Admit(info) = &progress {
+            let result = exports.admit(&info.name, from).await;
+            progress = machine.admitted(result.map(|given| admission = Some(given)), &mut out);
+        }
+        match progress {
             Progress::Continue => {}
+            Progress::Admit(_) => unreachable!("an admission is asked for by the client, not by its answer"),
             Progress::Transmission(info, replies, contexts) => {
                 stream.write_all(&out).await?;
                 stream.flush().await?;
-                return Ok(Ok((info, replies, contexts)));
+                let admission = admission.expect("a client enters the transmission phase admitted");
+                return Ok(Ok(Agreed { info, replies, contexts, admission }));
             }
             Progress::Close(reason) => {
                 stream.write_all(&out).await?;

@@ -16,7 +16,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blkrepl_engine::meta::{DataIdentity, Superblock};
-use blkrepl_engine::reactor::{self, ReactorOptions, VolumeHandle, VolumeHooks, VolumePaths};
+use blkrepl_engine::reactor::{
+    self, ClientKey, NewClient, ReactorOptions, VolumeHandle, VolumeHooks, VolumePaths,
+};
 use blkrepl_engine::replica::{Boot, Event, Lease, Replica};
 use blkrepl_engine::types::*;
 use blkrepl_engine::wire::BaseContent;
@@ -182,7 +184,14 @@ fn a_request_allocates_nothing_in_steady_state() {
     let (socket, there) = UnixStream::pair().unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let session = Box::new(Session::new(&ExportInfo::new("vol0", SIZE), Replies::Simple));
-    primary.client_connected(OwnedFd::from(there), session, "test".into());
+    let (theirs, guard) = (OwnedFd::from(there), Box::new(()));
+    primary.client_connected(NewClient {
+        key: ClientKey(1),
+        socket: theirs,
+        protocol: session,
+        name: "test".into(),
+        guard,
+    });
     let (out, content) = (Vec::with_capacity(1 << 20), vec![7; BLOCK]);
     let mut client = Client { socket, out, content, at: 0 };
     // Every region is in use, every pool has what it needs.

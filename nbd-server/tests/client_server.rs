@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use blkrepl_nbd::proto::*;
 use blkrepl_nbd::{
-    Attached, ClientOptions, ExportInfo, ExportRefusal, Exports, NbdClient, NbdError, NbdUri, RefusalKind,
-    Request, ServerOptions, list_exports,
+    Admitting, Attached, ClientOptions, ExportInfo, ExportRefusal, Exports, NbdClient, NbdError, NbdUri,
+    Peer, RefusalKind, Request, ServerOptions, admit_with, list_exports,
 };
 use common::{Manner, Memory, TestServer, Volume, pattern, quick};
 use proptest::prelude::*;
@@ -359,20 +359,21 @@ fn nothing_that_follows_the_negotiation_is_swallowed() {
 
 #[test]
 fn an_attached_tcp_connection_has_no_delay() {
-    struct Keep(std::sync::Mutex<std::sync::mpsc::Sender<Attached>>);
+    struct Keep(std::sync::mpsc::Sender<Attached>);
     impl Exports for Keep {
         fn list(&self) -> Vec<String> {
             vec!["vol0".into()]
         }
-        fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
+        fn open(&self, name: &str, _: Peer) -> Result<ExportInfo, ExportRefusal> {
             Ok(ExportInfo::new(name, MIB as u64))
         }
-        fn attach(&self, _: &str, client: Attached) {
-            self.0.lock().unwrap().send(client).unwrap();
+        fn admit(&self, _: &str, _: Peer) -> Admitting {
+            let sender = self.0.clone();
+            admit_with(move |client| sender.send(client).unwrap())
         }
     }
     let (sender, attached) = std::sync::mpsc::channel();
-    let server = TestServer::start(Arc::new(Keep(std::sync::Mutex::new(sender))));
+    let server = TestServer::start(Arc::new(Keep(sender)));
     let _client = NbdClient::connect(&server.tcp("vol0"), quick()).unwrap();
     let attached = attached.recv_timeout(Duration::from_secs(20)).unwrap();
     assert!(rustix::net::sockopt::tcp_nodelay(&attached.fd).unwrap());

@@ -6,7 +6,7 @@ use blkrepl_nbd::negotiate::{
     CloseReason, Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, OPTIONS_MAX, Progress, Want,
 };
 use blkrepl_nbd::proto::*;
-use blkrepl_nbd::{Attached, Contexts, ExportInfo, ExportRefusal, Exports, MetaContext, Replies};
+use blkrepl_nbd::{Admitting, Contexts, ExportInfo, ExportRefusal, Exports, MetaContext, Peer, Replies};
 use proptest::prelude::*;
 
 const SIZE: u64 = 1 << 30;
@@ -22,7 +22,7 @@ impl Exports for Fixed {
         self.0.iter().map(ToString::to_string).collect()
     }
 
-    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
+    fn open(&self, name: &str, _: Peer) -> Result<ExportInfo, ExportRefusal> {
         match name {
             _ if !self.0.contains(&name) => Err(ExportRefusal::Unknown(format!("no volume {name:?}"))),
             "away" => Err(ExportRefusal::Policy(POLICY_TEXT.into())),
@@ -31,8 +31,8 @@ impl Exports for Fixed {
         }
     }
 
-    fn attach(&self, _: &str, _: Attached) {
-        panic!("a negotiation attaches nothing");
+    fn admit(&self, _: &str, _: Peer) -> Admitting {
+        panic!("a negotiation admits nobody");
     }
 }
 
@@ -45,10 +45,15 @@ struct Outcome {
     left: usize,
 }
 
-/// Feeds exactly what is wanted until the input is used up or the negotiation ends.
-fn feed(mut input: &[u8], exports: &dyn Exports) -> Outcome {
+/// Feeds exactly what is wanted until the input is used up or the negotiation ends; admits everybody.
+fn feed(input: &[u8], exports: &dyn Exports) -> Outcome {
+    feed_with(input, exports, Ok(()))
+}
+
+/// The same, with this answer to every wish for an admission.
+fn feed_with(mut input: &[u8], exports: &dyn Exports, admitted: Result<(), ExportRefusal>) -> Outcome {
     let mut out = Vec::new();
-    let mut machine = Negotiation::new(&mut out);
+    let mut machine = Negotiation::new(Peer::Unix, &mut out);
     assert_eq!(out.len(), GREETING_LEN);
     out.clear();
     let mut progress = Progress::Continue;
@@ -65,7 +70,12 @@ fn feed(mut input: &[u8], exports: &dyn Exports) -> Outcome {
         };
         let Some((bytes, rest)) = input.split_at_checked(len) else { break };
         input = rest;
+        let before = out.len();
         progress = machine.advance(if discard { &[] } else { bytes }, exports, &mut out);
+        if let Progress::Admit(info) = &progress {
+            assert_eq!((info.size, out.len()), (SIZE, before), "nothing is said before the admission");
+            progress = machine.admitted(admitted.clone(), &mut out);
+        }
     }
     Outcome { sent: out, progress, left: input.len() }
 }
@@ -139,7 +149,7 @@ fn export_reply() -> Vec<u8> {
 #[test]
 fn the_greeting_is_fixed_newstyle_without_zeroes() {
     let mut out = Vec::new();
-    let machine = Negotiation::new(&mut out);
+    let machine = Negotiation::new(Peer::Unix, &mut out);
     assert_eq!(out, b"NBDMAGICIHAVEOPT\x00\x03");
     assert_eq!(machine.wants(), Want::Bytes(4));
 }
@@ -613,16 +623,37 @@ fn options_without_end_are_ended() {
 }
 
 #[test]
+fn a_client_that_is_not_admitted_is_told_why_and_may_go_on() {
+    let refusal = Err(ExportRefusal::Policy("volume vol0 is attached by n2".into()));
+    let twice = [fixed(), info(NBD_OPT_GO, "vol0", &[]), info(NBD_OPT_INFO, "vol0", &[])].concat();
+    let outcome = feed_with(&twice, &ALL, refusal.clone());
+    assert_eq!((outcome.progress, outcome.left), (Progress::Continue, 0));
+    let replies = replies(&outcome.sent);
+    assert_eq!(replies[0], (NBD_OPT_GO, NBD_REP_ERR_POLICY, b"volume vol0 is attached by n2".to_vec()));
+    assert_eq!((replies[1].0, replies[1].1), (NBD_OPT_INFO, NBD_REP_INFO));
+
+    let by_name = [fixed(), option(NBD_OPT_EXPORT_NAME, b"vol0")].concat();
+    let outcome = feed_with(&by_name, &ALL, refusal);
+    assert!(outcome.sent.is_empty());
+    let Progress::Close(CloseReason::ExportNameRefused { name, .. }) = outcome.progress else {
+        panic!("{:?}", outcome.progress)
+    };
+    assert_eq!(name, "vol0");
+}
+
+#[test]
 fn a_refusal_longer_than_a_string_may_be_is_cut() {
     struct Wordy;
     impl Exports for Wordy {
         fn list(&self) -> Vec<String> {
             vec!["y".repeat(STRING_BYTES_MAX + 1), "short".into()]
         }
-        fn open(&self, _: &str) -> Result<ExportInfo, ExportRefusal> {
+        fn open(&self, _: &str, _: Peer) -> Result<ExportInfo, ExportRefusal> {
             Err(ExportRefusal::Policy(format!("x{}", "\u{e9}".repeat(STRING_BYTES_MAX))))
         }
-        fn attach(&self, _: &str, _: Attached) {}
+        fn admit(&self, _: &str, _: Peer) -> Admitting {
+            panic!("a negotiation admits nobody");
+        }
     }
     let outcome = feed(&[fixed(), info(NBD_OPT_GO, "v", &[]), option(NBD_OPT_LIST, &[])].concat(), &Wordy);
     let replies = replies(&outcome.sent);

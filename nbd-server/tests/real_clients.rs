@@ -16,7 +16,9 @@ const SIZE: usize = 32 << 20;
 
 /// Runs a program; `None` (and a line that says so) if it is not installed.
 fn run(program: &str, args: &[&str]) -> Option<Output> {
-    match Command::new(program).args(args).output() {
+    // nbdsh takes the first python3 of PATH, and its module belongs to that of the system.
+    let path = format!("/usr/bin:{}", std::env::var("PATH").unwrap_or_default());
+    match Command::new(program).env("PATH", path).args(args).output() {
         Ok(output) => Some(output),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             println!("SKIPPED: {program} is not installed");

@@ -340,7 +340,9 @@ impl Cluster {
             let primary = volume.primary.ok_or_else(|| anyhow!("no primary at epoch {}", volume.epoch))?;
             ensure!(self.runs(&primary)?, "primary {primary} does not run");
             let entry = self.node(&primary)?;
-            crate::client::Link::connect(entry.unix()?, Duration::from_secs(2))
+            // From where the other clients are: those on the node's own machine are another client host.
+            let address = if self.netns.contains_key(&primary) { entry.tcp()? } else { entry.unix()? };
+            crate::client::Link::connect(address, Duration::from_secs(2))
                 .map_err(|e| anyhow!("{primary} refuses: {e}"))?;
             Ok(primary)
         })

@@ -25,13 +25,13 @@ mod uring;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, anyhow};
 use blkrepl_nbd::{
-    Attached, ClientOptions, ExportInfo, ExportRefusal, Exports, ListenAddr, NbdUri, Server, ServerOptions,
-    connect_raw,
+    Admitting, ClientOptions, ExportInfo, ExportRefusal, Exports, ListenAddr, NbdUri, Peer, Server,
+    ServerOptions, admit_with, connect_raw,
 };
 use rustix::event::EventfdFlags;
 
@@ -71,7 +71,7 @@ pub fn serve(options: &FloorOptions) -> Result<()> {
     let wake =
         Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC).context("make an event descriptor")?);
     let (send, arrivals) = mpsc::channel();
-    let exports = Arc::new(Door { size, send: Mutex::new(send), wake: Arc::clone(&wake) });
+    let exports = Arc::new(Door { size, send, wake: Arc::clone(&wake) });
     let listen = options.listen.clone();
     // Negotiations run on a thread of their own, which sleeps once all clients are there.
     std::thread::Builder::new().name("negotiate".into()).spawn(move || negotiate(&listen, exports))?;
@@ -97,7 +97,7 @@ fn negotiate(listen: &ListenAddr, exports: Arc<Door>) {
 /// Hands connections from the negotiation to the loop.
 struct Door {
     size: u64,
-    send: Mutex<Sender<OwnedFd>>,
+    send: Sender<OwnedFd>,
     wake: Arc<OwnedFd>,
 }
 
@@ -106,18 +106,21 @@ impl Exports for Door {
         vec![String::new()]
     }
 
-    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
+    fn open(&self, name: &str, _: Peer) -> Result<ExportInfo, ExportRefusal> {
         let info = ExportInfo::new(name, self.size);
         Ok(ExportInfo { min_block: 512, max_payload: REQUEST_BYTES_MAX, ..info })
     }
 
-    fn attach(&self, _name: &str, client: Attached) {
-        let sent = self.send.lock().unwrap_or_else(PoisonError::into_inner).send(client.fd);
-        let woken = sent.map_err(|_| anyhow!("the loop is gone")).and_then(|()| {
-            rustix::io::write(&*self.wake, &1u64.to_ne_bytes()).map(drop).context("wake the loop")
-        });
-        if let Err(reason) = woken {
-            eprintln!("floor: a connection is lost: {reason:#}");
-        }
+    fn admit(&self, _name: &str, _: Peer) -> Admitting {
+        let (send, wake) = (self.send.clone(), Arc::clone(&self.wake));
+        admit_with(move |client| {
+            let sent = send.send(client.fd);
+            let woken = sent.map_err(|_| anyhow!("the loop is gone")).and_then(|()| {
+                rustix::io::write(&*wake, &1u64.to_ne_bytes()).map(drop).context("wake the loop")
+            });
+            if let Err(reason) = woken {
+                eprintln!("floor: a connection is lost: {reason:#}");
+            }
+        })
     }
 }

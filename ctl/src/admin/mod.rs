@@ -40,6 +40,9 @@ pub enum Request {
         /// `flush` or `always`.
         #[serde(default)]
         durability: DurabilityWord,
+        /// `exclusive` or `shared`.
+        #[serde(default)]
+        sharing: SharingWord,
     },
     /// Change settings of a volume; what is not named stays.
     VolumeSet {
@@ -48,6 +51,9 @@ pub enum Request {
         /// What changes.
         #[serde(default)]
         change: SettingsChange,
+        /// `exclusive` or `shared`; `null`: as it is.
+        #[serde(default)]
+        sharing: Option<SharingWord>,
     },
     /// Make this node's replica anew.
     VolumeRecreate {
@@ -80,6 +86,13 @@ pub enum Request {
         /// Name of the node.
         to: String,
     },
+    /// End the attachment of a client host.
+    Detach {
+        /// Name.
+        volume: String,
+        /// The client host.
+        client: String,
+    },
     /// Change the cluster's lease length.
     SetLease {
         /// Milliseconds.
@@ -96,6 +109,17 @@ pub enum DurabilityWord {
     Flush,
     /// Every write is stable.
     Always,
+}
+
+/// How many client hosts may be attached to a volume at once, in requests and status.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SharingWord {
+    /// One.
+    #[default]
+    Exclusive,
+    /// Any number.
+    Shared,
 }
 
 /// Settings of a volume.
@@ -211,6 +235,12 @@ pub struct VolumeView {
     /// Its settings; `null` from a node of an earlier release.
     #[serde(default)]
     pub settings: Option<SettingsView>,
+    /// `exclusive` or `shared`.
+    #[serde(default)]
+    pub sharing: SharingWord,
+    /// The client host that it is attached to; `null`: nobody, or it is shared.
+    #[serde(default)]
+    pub attached: Option<String>,
     /// Committed changes.
     pub epoch: u64,
     /// Epoch at which the primary took over.

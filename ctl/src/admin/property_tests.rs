@@ -15,18 +15,24 @@ fn durability() -> impl Strategy<Value = DurabilityWord> {
     prop_oneof![Just(DurabilityWord::Flush), Just(DurabilityWord::Always)]
 }
 
+fn sharing() -> impl Strategy<Value = SharingWord> {
+    prop_oneof![Just(SharingWord::Exclusive), Just(SharingWord::Shared)]
+}
+
 fn request() -> impl Strategy<Value = Request> {
-    let create = (any::<String>(), any::<u64>(), vec(any::<String>(), 0..4), durability());
+    let create = (any::<String>(), any::<u64>(), vec(any::<String>(), 0..4), durability(), sharing());
     prop_oneof![
         Just(Request::Status {}),
         any::<(u64, bool)>().prop_map(|(after, follow)| Request::Events { after, follow }),
-        create.prop_map(|(volume, size, replicas, durability)| Request::VolumeCreate {
+        create.prop_map(|(volume, size, replicas, durability, sharing)| Request::VolumeCreate {
             volume,
             size,
             replicas,
             durability,
+            sharing,
         }),
-        (any::<String>(), change()).prop_map(|(volume, change)| Request::VolumeSet { volume, change }),
+        (any::<String>(), change(), option::of(sharing()))
+            .prop_map(|(volume, change, sharing)| Request::VolumeSet { volume, change, sharing }),
         any::<(String, bool)>()
             .prop_map(|(volume, discard_data)| Request::VolumeRecreate { volume, discard_data }),
         any::<(String, bool, bool)>().prop_map(|(volume, force, discard_inconsistent)| Request::Promote {
@@ -36,6 +42,7 @@ fn request() -> impl Strategy<Value = Request> {
         }),
         any::<String>().prop_map(|volume| Request::Demote { volume }),
         any::<(String, String)>().prop_map(|(volume, to)| Request::Move { volume, to }),
+        any::<(String, String)>().prop_map(|(volume, client)| Request::Detach { volume, client }),
         any::<u64>().prop_map(|ms| Request::SetLease { ms }),
     ]
 }
@@ -129,14 +136,15 @@ prop_compose! {
         (name, id, lineage) in any::<(String, String, String)>(),
         (size, block_size, epoch, reign) in any::<(u64, u32, u64, u64)>(),
         (durability, settings) in (durability(), option::of(settings())),
-        (primary, note) in any::<(Option<String>, Option<String>)>(),
+        (primary, note, attached) in any::<(Option<String>, Option<String>, Option<String>)>(),
+        sharing in sharing(),
         (demoted, serving, degraded) in any::<(bool, bool, bool)>(),
         in_sync in vec(any::<String>(), 0..3),
         replicas in vec(replica(), 0..3),
     ) -> VolumeView {
         VolumeView {
-            name, id, size, block_size, durability, settings, epoch, reign, lineage, primary, demoted, serving,
-            degraded, in_sync, note, replicas,
+            name, id, size, block_size, durability, settings, sharing, attached, epoch, reign, lineage, primary,
+            demoted, serving, degraded, in_sync, note, replicas,
         }
     }
 }

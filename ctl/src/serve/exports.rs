@@ -1,13 +1,16 @@
 //! What this node offers over NBD: every volume that it serves at the moment.
 //!
 //! A volume that another node serves, or nobody, is refused with a text that names the primary and its
-//! address. Connections that pass go straight to the volume's reactor; no request is seen here.
+//! address; one that is attached by another client host, with a text that names that one. Connections that pass go
+//! straight to the volume's reactor; no request is seen here.
 
 use std::sync::{Arc, OnceLock};
 
 use blkrepl_engine::control::{ClusterState, VolumeRecord};
-use blkrepl_nbd::{Attached, ExportInfo, ExportRefusal, Exports};
+use blkrepl_nbd::{Admitting, ExportInfo, ExportRefusal, Exports, Peer};
 
+use super::attachments;
+use super::client_host::client_host;
 use super::node::Node;
 use super::status::node_name;
 
@@ -72,7 +75,7 @@ impl Exports for NodeExports {
         names
     }
 
-    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
+    fn open(&self, name: &str, peer: Peer) -> Result<ExportInfo, ExportRefusal> {
         let node = self.node()?;
         let state = node.state();
         let volume = find(&state, name)?;
@@ -80,17 +83,25 @@ impl Exports for NodeExports {
         if !serving {
             return Err(ExportRefusal::Policy(refusal(&state, volume, &node.config.name)));
         }
-        Ok(ExportInfo::new(volume.name.clone(), volume.geometry.size()))
+        let client = client_host(&state, node.config.id, peer);
+        match node.attachments.refusal(volume, &client) {
+            Some(refusal) => Err(ExportRefusal::Policy(refusal)),
+            None => Ok(ExportInfo::new(volume.name.clone(), volume.geometry.size())),
+        }
     }
 
-    fn attach(&self, name: &str, client: Attached) {
-        let Ok(node) = self.node() else { return };
-        let state = node.state();
-        let handle = find(&state, name).ok().and_then(|v| node.handle(v.id));
-        match handle {
-            Some(handle) => handle.client_connected(client.fd, client.protocol, client.peer),
-            // Dropping the connection closes it; the client finds out where the volume went.
-            None => tracing::debug!(peer = client.peer, volume = name, "the volume went away"),
-        }
+    fn admit(&self, name: &str, peer: Peer) -> Admitting {
+        let admitting = self.node().cloned().and_then(|node| {
+            let state = node.state();
+            let volume = find(&state, name)?.id;
+            let client = client_host(&state, node.config.id, peer);
+            // A task of its own: a client that hangs up must not leave it half done.
+            Ok(tokio::spawn(async move { attachments::admit(&node, volume, &client).await }))
+        });
+        Box::pin(async move {
+            let ended =
+                |error| ExportRefusal::Policy(format!("the admission did not end: {error}; try again"));
+            admitting?.await.map_err(ended)?
+        })
     }
 }

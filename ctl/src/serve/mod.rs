@@ -6,6 +6,8 @@
 //! control plane. Threads: one for tokio, one for the control plane's store, one per volume, and those of
 //! tokio's pool while files are opened or made.
 
+pub mod attachments;
+pub mod client_host;
 pub mod exports;
 pub mod files;
 pub mod node;
@@ -98,6 +100,7 @@ async fn daemon(config: NodeConfig) -> anyhow::Result<()> {
     }
     tasks.spawn(admin::serve(sockets.admin, Arc::new(Ops(Arc::clone(&node))), Arc::clone(&events)));
     tasks.spawn(Arc::clone(&node).follow());
+    tasks.spawn(attachments::sweep(Arc::clone(&node)));
     let failure = tokio::select! {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,

@@ -24,6 +24,7 @@ use blkrepl_engine::types::{
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
+use super::attachments::Attachments;
 use super::files::{self, OpenError};
 use super::sessions;
 use super::status::{OwnReplica, OwnReplicas, node_name};
@@ -47,6 +48,8 @@ pub struct Node {
     pub events: Arc<EventLog>,
     /// Boot id of the operating system.
     pub os_boot: u128,
+    /// Which clients may write to the volumes served here.
+    pub attachments: Attachments,
     volumes: Mutex<BTreeMap<VolumeId, Slot>>,
     stopping: AtomicBool,
 }
@@ -106,13 +109,14 @@ impl blkrepl_engine::reactor::VolumeHooks for Hooks {
 }
 
 impl Node {
-    /// A node whose volumes are not opened yet.
+    /// A node whose volumes are not opened yet. To be called within the runtime.
     pub fn new(config: NodeConfig, control: Control, events: Arc<EventLog>, os_boot: u128) -> Arc<Self> {
         Arc::new(Self {
             config,
             control,
             events,
             os_boot,
+            attachments: Attachments::new(tokio::runtime::Handle::current()),
             volumes: Mutex::default(),
             stopping: AtomicBool::new(false),
         })
@@ -186,6 +190,7 @@ impl Node {
             let lease = leases.borrow_and_update().clone();
             let state = states.borrow_and_update().clone();
             self.follow_once(&state, &lease);
+            self.attachments.follow(&self, &state);
             tokio::select! {
                 changed = states.changed() => if changed.is_err() { return },
                 changed = leases.changed() => if changed.is_err() { return },

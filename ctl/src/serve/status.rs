@@ -10,7 +10,7 @@ use blkrepl_engine::control::{ClusterState, NodeKind, NodeRecord, VolumeRecord};
 use blkrepl_engine::types::{Durability, Member, NodeId, PeerStatus, ReplicaState, ReplicaStatus, VolumeId};
 use serde::{Deserialize, Serialize};
 
-use crate::admin::{DurabilityWord, NodeView, ReplicaView, ResyncView, StatusView, VolumeView};
+use crate::admin::{DurabilityWord, NodeView, ReplicaView, ResyncView, SharingWord, StatusView, VolumeView};
 
 /// What one node says of its own replica of one volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,6 +95,8 @@ impl Gathered<'_> {
             block_size: v.geometry.block_size(),
             durability: durability_word(v.settings.durability),
             settings: Some(v.settings.into()),
+            sharing: if v.shared { SharingWord::Shared } else { SharingWord::Exclusive },
+            attached: v.attached.clone(),
             epoch: v.epoch.0,
             reign: v.reign.0,
             lineage: v.lineage.to_string(),
@@ -249,7 +251,7 @@ fn durability_word(d: Durability) -> DurabilityWord {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use blkrepl_engine::control::{NodeAddrs, StoreId};
     use blkrepl_engine::types::{
         ClusterId, Epoch, Geometry, Health, Incarnation, LineageId, LogIndex, Member, Reign, ReplicaReport,
@@ -299,12 +301,19 @@ mod tests {
             demoted: false,
             in_sync: in_sync.iter().map(|n| member(*n)).collect(),
             continued_from: Vec::new(),
+            shared: false,
+            attached: None,
             lineage: LineageId(9),
             history: Vec::new(),
             index: LogIndex(7),
         };
         state.volumes.insert(VOLUME, volume);
         state
+    }
+
+    /// A volume on n1 and n2, both in sync, attached by nobody.
+    pub(in super::super) fn record() -> VolumeRecord {
+        cluster(&[1, 2]).volumes.remove(&VOLUME).unwrap()
     }
 
     fn own(node: u64, serving: bool, peers: Vec<PeerStatus>) -> OwnReplicas {

@@ -27,6 +27,7 @@ use crate::types::{ByteRange, Extent, Geometry, Nanos};
 use crate::wire::{BufId, Payload};
 
 use super::client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
+use super::handle::{ClientKey, NewClient};
 use super::outgoing::{Message, Outgoing};
 use super::ring::{Io, Span, Token};
 use super::staging::{STAGING_LEN, Staging};
@@ -79,6 +80,7 @@ struct Request {
 }
 
 struct Connection {
+    key: ClientKey,
     socket: Rc<OwnedFd>,
     protocol: Box<dyn ClientProtocol>,
     name: String,
@@ -101,6 +103,8 @@ struct Connection {
     owes_since: Option<Nanos>,
     /// Bytes moved in either direction since then.
     moved: usize,
+    /// Tells by being dropped that the connection is over.
+    _guard: Box<dyn Send>,
 }
 
 /// What a connection comes up with.
@@ -159,13 +163,8 @@ impl Clients {
     }
 
     /// Takes over a negotiated connection. `None` if there are too many.
-    pub(super) fn add(
-        &mut self,
-        io: &mut Io,
-        socket: OwnedFd,
-        protocol: Box<dyn ClientProtocol>,
-        name: String,
-    ) -> Option<ConnId> {
+    pub(super) fn add(&mut self, io: &mut Io, client: NewClient) -> Option<ConnId> {
+        let NewClient { key, socket, protocol, name, guard } = client;
         if self.connections.len() >= CONNECTIONS_MAX {
             tracing::warn!(client = name, max = CONNECTIONS_MAX, "too many client connections: refused");
             return None;
@@ -175,9 +174,11 @@ impl Clients {
         let socket = Rc::new(socket);
         io.watch_shutdown(&socket, Token::ClientGone(conn));
         let connection = Connection {
+            key,
             socket,
             protocol,
             name,
+            _guard: guard,
             staging: Staging::new(&mut io.buffers),
             state: State::Header,
             receiving: false,
@@ -198,6 +199,11 @@ impl Clients {
     /// True while the connection is open.
     pub(super) fn is_open(&self, conn: ConnId) -> bool {
         self.connections.contains_key(&conn)
+    }
+
+    /// The open ones of these connections.
+    pub(super) fn named(&self, keys: &[ClientKey]) -> Vec<ConnId> {
+        self.connections.iter().filter(|(_, c)| keys.contains(&c.key)).map(|(id, _)| *id).collect()
     }
 
     /// The open connections.

@@ -80,13 +80,32 @@ pub type CommandReply = Box<dyn FnOnce(Result<(), String>) + Send>;
 /// The answer to [`VolumeHandle::begin_force`]. Called once, on the volume's thread: must not wait.
 pub type ForceReply = Box<dyn FnOnce(Result<ReplicaReport, String>) + Send>;
 
+/// Names one client connection for whoever gave it to the volume, who uses none twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ClientKey(pub u64);
+
+/// A client connection past its negotiation.
+pub struct NewClient {
+    /// Names it in [`VolumeHandle::end_clients`].
+    pub key: ClientKey,
+    /// The socket, TCP or unix; from the next byte on it carries requests of `protocol`.
+    pub socket: OwnedFd,
+    /// Its codec.
+    pub protocol: Box<dyn ClientProtocol>,
+    /// Who it is, for logs.
+    pub name: String,
+    /// Dropped when the connection is over: the volume takes no request from it any more.
+    pub guard: Box<dyn Send>,
+}
+
 /// What other threads ask of a volume.
 pub(super) enum Command {
     Config(Box<ConfigView>),
     Lease(Lease),
     Proposal(ProposalId, ProposalOutcome),
     Peer { node: NodeId, incarnation: Incarnation, stream: TcpStream },
-    Client { socket: OwnedFd, protocol: Box<dyn ClientProtocol>, name: String },
+    Client(Box<NewClient>),
+    EndClients(Vec<ClientKey>),
     Move(NodeId, CommandReply),
     Demote(CommandReply),
     Force(bool, ForceReply),
@@ -208,7 +227,7 @@ impl std::fmt::Debug for VolumeHandle {
 
 impl VolumeHandle {
     fn send(&self, command: Command) {
-        let is_client = matches!(command, Command::Client { .. });
+        let is_client = matches!(command, Command::Client(_));
         let refused = {
             let mut mailbox = lock(&self.shared.mailbox);
             if mailbox.closed || (is_client && mailbox.clients >= CONNECTIONS_WAITING_MAX) {
@@ -246,10 +265,16 @@ impl VolumeHandle {
         self.send(Command::Peer { node, incarnation, stream });
     }
 
-    /// A client has negotiated; from the next byte on the socket (TCP or unix) carries requests of
-    /// `protocol`. `name` says who it is, for logs. Closed unanswered if there are too many.
-    pub fn client_connected(&self, socket: OwnedFd, protocol: Box<dyn ClientProtocol>, name: String) {
-        self.send(Command::Client { socket, protocol, name });
+    /// A client has negotiated. Closed unanswered if there are too many.
+    pub fn client_connected(&self, client: NewClient) {
+        self.send(Command::Client(Box::new(client)));
+    }
+
+    /// Closes those of these connections that are open, unanswered; also one that was given over before and is not
+    /// open yet. Requests of theirs that the volume has taken may still be carried out, but before any request of a
+    /// connection that is given over later and touches the same bytes.
+    pub fn end_clients(&self, clients: Vec<ClientKey>) {
+        self.send(Command::EndClients(clients));
     }
 
     /// Begins to hand the primary role to `to`. `reply` tells whether it began; that it ended shows in the

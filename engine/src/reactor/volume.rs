@@ -25,12 +25,11 @@ use crate::replica::{ClientInput, ClientOp, ConnId, Output, PeerInput};
 use crate::types::{Health, Incarnation, Nanos, NodeId, ReplicaState, ReplicaStatus};
 use crate::wire::SessionId;
 
-use super::client::ClientProtocol;
 use super::clients::{Clients, Next};
 use super::core::Core;
 use super::disk::Disk;
 use super::error::ReactorError;
-use super::handle::{Command, ReactorOptions, Shared, VolumeHooks, boottime_now};
+use super::handle::{ClientKey, Command, NewClient, ReactorOptions, Shared, VolumeHooks, boottime_now};
 use super::open::VolumeFiles;
 use super::peers::{Peers, content_of};
 use super::ring::{Completion, Hold, Io, Token};
@@ -266,7 +265,8 @@ impl<C: Core> Volume<C> {
             Command::Lease(lease) => self.core.handle_lease(now, lease),
             Command::Proposal(id, outcome) => self.core.handle_proposal(now, id, outcome),
             Command::Peer { node, incarnation, stream } => self.add_peer(node, incarnation, stream),
-            Command::Client { socket, protocol, name } => self.add_client(socket, protocol, name),
+            Command::Client(client) => self.add_client(*client),
+            Command::EndClients(keys) => self.end_clients(&keys),
             Command::Move(to, reply) => reply(self.core.begin_move(now, to)),
             Command::Demote(reply) => reply(self.core.begin_demote(now)),
             Command::Force(discard, reply) => reply(self.core.begin_force(now, discard)),
@@ -276,9 +276,15 @@ impl<C: Core> Volume<C> {
         self.settle();
     }
 
-    fn add_client(&mut self, socket: OwnedFd, protocol: Box<dyn ClientProtocol>, name: String) {
-        if let Err(error) = prepare_socket(&socket) {
-            tracing::warn!(client = name, %error, "client connection refused: its socket cannot be used");
+    fn end_clients(&mut self, keys: &[ClientKey]) {
+        for conn in self.clients.named(keys) {
+            self.close_client(conn, "its attachment was ended");
+        }
+    }
+
+    fn add_client(&mut self, client: NewClient) {
+        if let Err(error) = prepare_socket(&client.socket) {
+            tracing::warn!(client = client.name, %error, "client connection refused: its socket cannot be used");
             return;
         }
         // A client that comes back must not be overtaken by what its old connection still holds [R24].
@@ -286,7 +292,7 @@ impl<C: Core> Volume<C> {
             self.close_client(conn, "the client has shut down");
         }
         self.settle();
-        if let Some(conn) = self.clients.add(&mut self.io, socket, protocol, name) {
+        if let Some(conn) = self.clients.add(&mut self.io, client) {
             self.pump_client(conn);
         }
     }

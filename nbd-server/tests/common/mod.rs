@@ -14,8 +14,8 @@ use std::time::Duration;
 use blkrepl_engine::reactor::client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
 use blkrepl_engine::types::Extent;
 use blkrepl_nbd::{
-    Attached, ClientOptions, ExportInfo, ExportRefusal, Exports, ListenAddr, NbdClient, NbdUri, Server,
-    ServerOptions,
+    Admitting, Attached, ClientOptions, ExportInfo, ExportRefusal, Exports, ListenAddr, NbdClient, NbdUri,
+    Peer, Server, ServerOptions, admit_with,
 };
 
 /// How a volume treats its connections.
@@ -72,7 +72,7 @@ impl Exports for Memory {
         self.volumes.keys().chain(self.refusals.keys()).cloned().collect()
     }
 
-    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
+    fn open(&self, name: &str, _: Peer) -> Result<ExportInfo, ExportRefusal> {
         if let Some(refusal) = self.refusals.get(name) {
             return Err(refusal.clone());
         }
@@ -81,11 +81,13 @@ impl Exports for Memory {
         Ok(ExportInfo::new(name, volume.data.lock().unwrap().len() as u64))
     }
 
-    fn attach(&self, name: &str, client: Attached) {
+    fn admit(&self, name: &str, _: Peer) -> Admitting {
         let volume = Arc::clone(&self.volumes[name]);
-        if volume.manner != Manner::Drop {
-            std::thread::spawn(move || Connection::new(client, volume).run());
-        }
+        admit_with(move |client| {
+            if volume.manner != Manner::Drop {
+                std::thread::spawn(move || Connection::new(client, volume).run());
+            }
+        })
     }
 }
 

@@ -35,7 +35,7 @@ fn many_requests_in_flight_over_tcp_are_all_answered() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (there, _) = listener.accept().unwrap();
-    rig.volume.client_connected(OwnedFd::from(there), Box::new(Toy), "tcp".into());
+    rig.volume.client_connected(new_client(OwnedFd::from(there), 0, Box::new(())));
     let mut sender = Client(stream.try_clone().unwrap());
     let writer = std::thread::spawn(move || {
         for n in 0..2000_u64 {
@@ -215,6 +215,35 @@ fn r23_close_clients_closes_all_of_them_unanswered() {
 }
 
 #[test]
+fn a_connection_that_is_ended_is_closed_unanswered_and_the_others_go_on() {
+    struct Told(std::sync::mpsc::Sender<u64>, u64);
+    impl Drop for Told {
+        fn drop(&mut self) {
+            self.0.send(self.1).unwrap();
+        }
+    }
+    let rig = Rig::new(1 << 20);
+    let (tell, told) = std::sync::mpsc::channel();
+    let mut clients = [1, 2, 3].map(|key| rig.client_with(key, Box::new(Told(tell.clone(), key))));
+    rig.hold();
+    for client in &mut clients {
+        client.send(WRITE, 1, 0, 4096, &[1; 4096]);
+    }
+    eventually("all arrived", || rig.shared.count("request") == 3);
+    rig.volume.end_clients(vec![ClientKey(1), ClientKey(3), ClientKey(9)]);
+    let [mut first, mut second, mut third] = clients;
+    assert!(first.is_closed() && third.is_closed(), "closed without an answer");
+    let mut ended = [told.recv().unwrap(), told.recv().unwrap()];
+    ended.sort_unstable();
+    assert_eq!(ended, [1, 3]);
+    rig.let_go();
+    assert_eq!(second.reply(), (1, 0));
+    second.write(4096, &[2; 4096]);
+    drop(second);
+    assert_eq!(told.recv(), Ok(2), "and that its client left, too");
+}
+
+#[test]
 fn client_bytes_beyond_the_bound_wait_and_are_served_in_turn() {
     let rig = Rig::new(64 << 20);
     rig.hold();
@@ -271,7 +300,7 @@ impl Bench {
         let mut io = Io::new(16, 0).unwrap();
         let mut clients = Clients::new(geometry(1 << 30), Duration::from_secs(20));
         let (here, there) = UnixStream::pair().unwrap();
-        let conn = clients.add(&mut io, OwnedFd::from(there), Box::new(Toy), "test".into()).unwrap();
+        let conn = clients.add(&mut io, new_client(OwnedFd::from(there), 0, Box::new(()))).unwrap();
         clients.arm(&mut io, conn, Nanos(0));
         (Self { io, clients }, conn, Client(here))
     }

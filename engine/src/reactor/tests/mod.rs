@@ -502,6 +502,11 @@ pub(super) struct Rig {
     pub(super) hooks: Hooks,
 }
 
+/// A client of the toy protocol.
+pub(super) fn new_client(socket: OwnedFd, key: u64, guard: Box<dyn Send>) -> NewClient {
+    NewClient { key: ClientKey(key), socket, protocol: Box::new(Toy), name: "test".into(), guard }
+}
+
 impl Rig {
     pub(super) fn new(size: u64) -> Self {
         Self::with(size, ReactorOptions::new("test"))
@@ -522,7 +527,15 @@ impl Rig {
         let (here, there) = UnixStream::pair().unwrap();
         here.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         there.set_nonblocking(true).unwrap();
-        self.volume.client_connected(OwnedFd::from(there), Box::new(Toy), "test".into());
+        self.volume.client_connected(new_client(OwnedFd::from(there), 0, Box::new(())));
+        Client(here)
+    }
+
+    /// The same, with a key and a guard.
+    pub(super) fn client_with(&self, key: u64, guard: Box<dyn Send>) -> Client<UnixStream> {
+        let (here, there) = UnixStream::pair().unwrap();
+        here.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        self.volume.client_connected(new_client(OwnedFd::from(there), key, guard));
         Client(here)
     }
 

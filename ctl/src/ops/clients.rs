@@ -1,0 +1,51 @@
+//! What operators ask for about clients: to end an attachment, and how many client hosts may be attached.
+
+use std::sync::Arc;
+
+use blkrepl_engine::control::{Applied, ClusterOp};
+
+use super::{CHANGE_TIMEOUT, done, find, not_shown, submit};
+use crate::admin::{Done, SharingWord};
+use crate::events::Happening;
+use crate::serve::node::Node;
+
+/// Ends the attachment of a client host. It may be attached again later, by its own connections.
+pub(super) async fn detach(node: &Arc<Node>, name: &str, client: &str) -> Result<Done, String> {
+    let state = node.state();
+    let id = find(&state, name)?.id;
+    let op = ClusterOp::Detach { volume: id, client: client.to_owned(), by: None };
+    commit(node, name, op, "the detachment").await?;
+    let text = format!("volume {name} is no longer attached by {client}; its connections are closed");
+    node.events.record(Some(name), Happening::new("detached", text.clone()));
+    Ok(done(node, id, text))
+}
+
+/// Lets several client hosts in at once, or one only.
+pub(super) async fn share(node: &Arc<Node>, name: &str, sharing: SharingWord) -> Result<Done, String> {
+    let state = node.state();
+    let record = find(&state, name)?;
+    let shared = sharing == SharingWord::Shared;
+    let text = if shared {
+        format!("volume {name} is shared: any number of client hosts may write to it")
+    } else {
+        format!("volume {name} is exclusive: one client host at a time may be attached")
+    };
+    if record.shared != shared {
+        commit(node, name, ClusterOp::Share { volume: record.id, shared }, "the change of sharing").await?;
+        node.events.record(Some(name), Happening::new("sharing_changed", text.clone()));
+    }
+    Ok(done(node, record.id, text))
+}
+
+/// Has a command applied, and waits until that shows here.
+async fn commit(node: &Arc<Node>, name: &str, op: ClusterOp, what: &str) -> Result<(), String> {
+    let Applied::Done { index, .. } = submit(node, op).await? else {
+        return Err(format!("{what} of {name} was refused"));
+    };
+    let mut states = node.control.cluster_state();
+    let shown = states.wait_for(|state| state.applied >= index);
+    match tokio::time::timeout(CHANGE_TIMEOUT, shown).await {
+        Ok(Ok(_)) => Ok(()),
+        _ => Err(not_shown(name, what)),
+    }
+}
