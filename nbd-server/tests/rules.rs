@@ -24,7 +24,7 @@ fn the_tests_that_the_rules_name_exist() {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     let document = fs::read_to_string(package.join("../docs/nbd.md")).unwrap();
     let (_, rules) = document.split_once("\n## Rules of the specification\n").unwrap();
-    let dirs = [package.join("src"), package.join("tests"), package.join("../engine/src")];
+    let dirs = ["src", "tests", "../engine/src", "../tests/tests"].map(|dir| package.join(dir));
     let text: String = dirs.iter().map(|dir| sources(dir)).collect();
     let mut named = 0;
     for row in rules.lines().filter(|line| line.starts_with("| ")) {

@@ -15,6 +15,7 @@ pub mod faults;
 pub mod files;
 pub mod guest;
 pub mod mount;
+pub mod nbd;
 pub mod netns;
 pub mod plan;
 pub mod postgres;
