@@ -4,13 +4,16 @@
 //! Written from the specification's text, not from `nbd-server`, with which it shares no line: an error of the
 //! server's codec is not repeated here. It never retries, reconnects or corrects anything.
 
+mod load;
+mod model;
 mod options;
-
+mod random_options;
 mod session;
 pub mod spec;
 mod wire;
 
+pub use load::{Load, Outcome};
 pub use options::{Export, OptionReply, Talk, export_data, meta_data};
-
+pub use random_options::negotiate;
 pub use session::{Form, Reply, Request, Session};
 pub use wire::{Address, Wire};

@@ -81,6 +81,11 @@ impl Talk {
         Ok(())
     }
 
+    /// The same, after options that the caller has sent himself and that have agreed on that form.
+    pub(super) fn in_form(self, form: Form) -> Self {
+        Self { form, ..self }
+    }
+
     /// Sends an option.
     ///
     /// # Errors

@@ -434,3 +434,106 @@ fn judge_error(error: u32, may_be_none: bool) -> Result<()> {
     ensure!(known, "error number {error}");
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::super::wire::pair;
+    use super::*;
+
+    const COOKIE: u64 = 7;
+
+    /// What becomes of a request that is answered with these bytes.
+    fn judged(form: Form, request: &Request, chunks: &[Vec<u8>]) -> Result<Reply> {
+        let (wire, mut server) = pair();
+        let mut session = Session::new(wire, form);
+        session.send(&request.clone().named(COOKIE)).unwrap();
+        server.write_all(&chunks.concat()).unwrap();
+        drop(server);
+        session.reply()
+    }
+
+    fn simple(error: u32, data: &[u8]) -> Vec<u8> {
+        let magic = NBD_SIMPLE_REPLY_MAGIC.to_be_bytes();
+        [&magic[..], &error.to_be_bytes(), &COOKIE.to_be_bytes(), data].concat()
+    }
+
+    fn chunk(flags: u16, kind: u16, payload: &[u8]) -> Vec<u8> {
+        let head = [&NBD_STRUCTURED_REPLY_MAGIC.to_be_bytes()[..], &flags.to_be_bytes(), &kind.to_be_bytes()];
+        let len = u32::try_from(payload.len()).unwrap();
+        [&head.concat()[..], &COOKIE.to_be_bytes(), &len.to_be_bytes(), payload].concat()
+    }
+
+    fn extended(offset: u64, kind: u16, payload: &[u8]) -> Vec<u8> {
+        let head = [&NBD_EXTENDED_REPLY_MAGIC.to_be_bytes()[..], &1u16.to_be_bytes(), &kind.to_be_bytes()];
+        let len = payload.len() as u64;
+        [&head.concat()[..], &COOKIE.to_be_bytes(), &offset.to_be_bytes(), &len.to_be_bytes(), payload]
+            .concat()
+    }
+
+    fn data(offset: u64, len: usize) -> Vec<u8> {
+        [&offset.to_be_bytes()[..], &vec![1; len]].concat()
+    }
+
+    fn hole(offset: u64, len: u32) -> Vec<u8> {
+        [&offset.to_be_bytes()[..], &len.to_be_bytes()].concat()
+    }
+
+    fn words(words: &[u32]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_be_bytes()).collect()
+    }
+
+    #[test]
+    fn good_replies_are_taken() {
+        let read = Request::new(NBD_CMD_READ, 0, 512, 16);
+        assert_eq!(judged(Form::Simple, &read, &[simple(0, &[3; 16])]).unwrap().data, [3; 16]);
+        let parts = [chunk(0, 2, &hole(520, 8)), chunk(1, 1, &data(512, 8))];
+        let reply = judged(Form::Structured, &read, &parts).unwrap();
+        assert_eq!(reply.data, [[1; 8], [0; 8]].concat());
+        let error = [&words(&[22])[..], &[0, 2], b"no"].concat();
+        let reply = judged(Form::Extended, &read, &[extended(512, NBD_REPLY_TYPE_ERROR, &error)]).unwrap();
+        assert_eq!(reply.error, 22);
+        let status = Request::new(NBD_CMD_BLOCK_STATUS, 0, 0, 100);
+        let list = [chunk(0, 5, &words(&[1, 50, 0, 50, 3])), chunk(1, 5, &words(&[2, 100, 0]))];
+        let reply = judged(Form::Structured, &status, &list).unwrap();
+        assert_eq!(reply.status, [(1, vec![(50, 0), (50, 3)]), (2, vec![(100, 0)])]);
+    }
+
+    #[test]
+    fn replies_that_break_a_rule_are_found() {
+        let read = Request::new(NBD_CMD_READ, NBD_CMD_FLAG_DF, 512, 16);
+        let status = Request::new(NBD_CMD_BLOCK_STATUS, NBD_CMD_FLAG_REQ_ONE, 0, 100);
+        let flush = Request::new(NBD_CMD_FLUSH, 0, 0, 0);
+        let whole = chunk(1, 1, &data(512, 16));
+        let broken: [(&str, Form, &Request, Vec<Vec<u8>>); 19] = [
+            ("simple read among chunks", Form::Structured, &read, vec![simple(0, &[3; 16])]),
+            ("simple error among chunks", Form::Structured, &flush, vec![simple(22, &[])]),
+            ("simple among extended", Form::Extended, &flush, vec![simple(0, &[])]),
+            ("chunk among simple", Form::Simple, &read, vec![whole.clone()]),
+            ("compact chunk among extended", Form::Extended, &read, vec![whole]),
+            ("unknown error number", Form::Simple, &flush, vec![simple(2, &[])]),
+            ("gap", Form::Structured, &read, vec![chunk(1, 1, &data(512, 15))]),
+            ("twice", Form::Structured, &read, vec![chunk(0, 2, &hole(512, 8)), chunk(1, 1, &data(512, 16))]),
+            ("outside", Form::Structured, &read, vec![chunk(1, 1, &data(513, 16))]),
+            (
+                "pieces with DF",
+                Form::Structured,
+                &read,
+                vec![chunk(0, 2, &hole(520, 8)), chunk(1, 1, &data(512, 8))],
+            ),
+            ("unknown flag", Form::Structured, &read, vec![chunk(3, 1, &data(512, 16))]),
+            ("unknown type", Form::Structured, &flush, vec![chunk(1, 9, &[])]),
+            ("none with payload", Form::Structured, &flush, vec![chunk(1, 0, &[1])]),
+            ("none that is not last", Form::Structured, &flush, vec![chunk(0, 0, &[]), chunk(1, 0, &[])]),
+            ("text too short", Form::Structured, &flush, vec![chunk(1, 0x8001, &[0, 0, 0, 22, 0, 2, b'x'])]),
+            ("error 0", Form::Structured, &flush, vec![chunk(1, 0x8001, &[0, 0, 0, 0, 0, 0])]),
+            ("another offset", Form::Extended, &read, vec![extended(513, 1, &data(512, 16))]),
+            ("two with REQ_ONE", Form::Structured, &status, vec![chunk(1, 5, &words(&[1, 50, 0, 50, 3]))]),
+            ("empty descriptor", Form::Structured, &status, vec![chunk(1, 5, &words(&[1, 0, 3]))]),
+        ];
+        for (what, form, request, chunks) in broken {
+            assert!(judged(form, request, &chunks).is_err(), "{what}");
+        }
+    }
+}

@@ -117,7 +117,10 @@ impl Wire {
     /// # Errors
     /// Where nobody listens.
     pub fn connect(address: &Address) -> Result<Self> {
-        let stream = Stream::connect(address).with_context(|| format!("connect to {address:?}"))?;
+        Self::over(Stream::connect(address).with_context(|| format!("connect to {address:?}"))?)
+    }
+
+    fn over(stream: Stream) -> Result<Self> {
         let source = stream.try_clone().context("duplicate a socket")?;
         let (sender, incoming) = channel();
         let reader = std::thread::Builder::new()
@@ -254,6 +257,13 @@ fn pump(mut source: Stream, sink: &Sender<Vec<u8>>) {
             Err(_) => return,
         }
     }
+}
+
+/// A connection to a server that the test plays itself.
+#[cfg(test)]
+pub(super) fn pair() -> (Wire, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    (Wire::over(Stream::Unix(ours)).unwrap(), theirs)
 }
 
 /// An error that says where a reply breaks a rule.

@@ -1,0 +1,159 @@
+//! Clients that say anything: 10,000 random negotiations and 1,000,000 random requests, right and wrong, against
+//! the real binary. None is answered wrongly, no process ends, none takes memory without bound, and the volume is
+//! served correctly afterwards.
+//!
+//! `BLKREPL_SEED` repeats a run; `BLKREPL_NBD_ROUNDS=N` makes N times as many of both.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use blkrepl_tests::bits::{Random, fresh_seed, mix};
+use blkrepl_tests::cluster::SYNC_LIMIT;
+use blkrepl_tests::nbd::{Address, Form, Load, Outcome, Talk, negotiate};
+use blkrepl_tests::report::{human, measured, step};
+use blkrepl_tests::{Cluster, ClusterOptions, with_cluster};
+
+const NAME: &str = "nbd_random";
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 64 * MIB;
+const NEGOTIATIONS: u64 = 10_000;
+const REQUESTS: u64 = 1_000_000;
+/// Threads that negotiate; half over each kind of socket.
+const TALKERS: u64 = 4;
+/// What one load has for itself, and what all of them share.
+const AREA: u64 = 4 * MIB;
+/// The most that a node may have resident at any time; it takes about 20 MiB. Less than two of the longest payloads,
+/// some of which are sent to be thrown away.
+const RESIDENT_MAX: u64 = 60 * MIB;
+
+/// How many times as much as usual is wanted.
+fn rounds() -> u64 {
+    std::env::var("BLKREPL_NBD_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+/// Runs `body` for each number below `count`, each on a thread of its own.
+fn at_once<T: Send>(count: u64, body: impl Fn(u64) -> Result<T> + Sync) -> Result<Vec<T>> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..count)
+            .map(|number| {
+                let body = &body;
+                scope.spawn(move || body(number))
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a client panicked"))?).collect()
+    })
+}
+
+/// Names, pids and largest memory of all nodes.
+fn processes(cluster: &Cluster) -> Result<Vec<(String, u32, u64)>> {
+    let nodes = cluster.nodes()?;
+    nodes
+        .into_iter()
+        .map(|node| {
+            ensure!(cluster.runs(&node.name)?, "{} does not run", node.name);
+            let (pid, memory) = (cluster.process(&node.name)?, cluster.memory(&node.name)?);
+            Ok((node.name, pid, memory.peak))
+        })
+        .collect()
+}
+
+/// That the same processes run, never took too much memory, and said nothing of a panic.
+fn check_processes(cluster: &Cluster, before: &[(String, u32, u64)], when: &str) -> Result<()> {
+    for ((name, pid, peak), (_, old, _)) in processes(cluster)?.iter().zip(before) {
+        ensure!(pid == old, "{name} was pid {old}, and is pid {pid} after {when}");
+        measured(
+            NAME,
+            &format!("{name} after {when}: at most {:.1} MiB resident", *peak as f64 / MIB as f64),
+        );
+        ensure!(*peak <= RESIDENT_MAX, "{name} after {when}: {peak} bytes resident, at most {RESIDENT_MAX}");
+        let log = cluster.node(name)?.config.with_file_name("log");
+        let text = std::fs::read_to_string(&log).with_context(|| format!("read {}", log.display()))?;
+        ensure!(!text.contains("panicked"), "{name} panicked; see {}", log.display());
+    }
+    Ok(())
+}
+
+fn negotiations(addresses: &[(Address, String); 2], seed: u64) -> Result<()> {
+    let count = NEGOTIATIONS * rounds() / TALKERS;
+    at_once(TALKERS, |number| {
+        let (address, export) = &addresses[(number % 2) as usize];
+        let mut random = Random::new(mix(seed ^ number));
+        for n in 0..count {
+            negotiate(address, export, &mut random)
+                .with_context(|| format!("seed {seed}, negotiation {n} of thread {number}"))?;
+        }
+        Ok(())
+    })
+    .map(drop)
+}
+
+fn requests(addresses: &[(Address, String); 2], seed: u64) -> Result<Outcome> {
+    let loads = 2 * Form::ALL.len() as u64;
+    let count = (REQUESTS * rounds()).div_ceil(loads);
+    let outcomes = at_once(loads, |number| {
+        let (address, export) = addresses[(number % 2) as usize].clone();
+        let form = Form::ALL[(number / 2) as usize];
+        let area = (number + 1) * AREA..(number + 2) * AREA;
+        let seed = mix(seed ^ (number + 100));
+        Load { address, export, size: SIZE, form, area, shared: 0..AREA, seed }.run(count)
+    })?;
+    Ok(outcomes.into_iter().fold(Outcome::default(), |sum, one| Outcome {
+        answered: sum.answered + one.answered,
+        refused: sum.refused + one.refused,
+        compared: sum.compared + one.compared,
+        connections: sum.connections + one.connections,
+    }))
+}
+
+/// Noise that was taken for requests may have written where loads expect zeroes.
+fn clear((address, export): &(Address, String)) -> Result<()> {
+    use blkrepl_tests::nbd::{Request, spec::NBD_CMD_WRITE_ZEROES};
+    let (mut session, _) = Talk::agreed(address, Form::Structured)?.go(export)?;
+    session.done(Request::new(NBD_CMD_WRITE_ZEROES, 0, 0, SIZE)).map(drop)
+}
+
+/// A write and a read in each form over each socket.
+fn still_serves(addresses: &[(Address, String); 2]) -> Result<()> {
+    for (address, export) in addresses {
+        for (n, form) in (1..).zip(Form::ALL) {
+            let (mut session, _) = Talk::agreed(address, form)?.go(export)?;
+            session.write(SIZE - MIB, &[n; 8192])?;
+            ensure!(session.read(SIZE - MIB, 8192)? == [n; 8192], "{form:?} over {}", address.kind());
+            session.disconnect()?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn whatever_clients_say_the_volume_is_served_correctly() {
+    with_cluster(NAME, ClusterOptions::sized(SIZE), |cluster| {
+        let seed = fresh_seed();
+        step(NAME, &format!("seed {seed}"));
+        let primary = cluster.node(&cluster.wait_primary(SYNC_LIMIT)?)?;
+        let addresses = [Address::parse(primary.unix()?)?, Address::parse(primary.tcp()?)?];
+        let before = processes(cluster)?;
+
+        let started = Instant::now();
+        negotiations(&addresses, seed)?;
+        let count = NEGOTIATIONS * rounds();
+        measured(NAME, &format!("seed {seed}: {count} negotiations in {}", human(started.elapsed())));
+        check_processes(cluster, &before, "the negotiations")?;
+        clear(&addresses[0])?;
+
+        let started = Instant::now();
+        let Outcome { answered, refused, compared, connections } = requests(&addresses, seed)?;
+        ensure!(answered >= REQUESTS * rounds(), "{answered} requests answered");
+        ensure!(refused > answered / 20, "{refused} of {answered} requests refused: too few were wrong");
+        ensure!(compared > answered * 256, "{compared} bytes compared: too few for {answered} requests");
+        let rate = answered as f64 / started.elapsed().max(Duration::from_millis(1)).as_secs_f64();
+        let text = format!("{answered} requests, {refused} refused, on {connections} connections");
+        let text = format!("seed {seed}: {text}; {} MiB compared; {rate:.0} in a second", compared / MIB);
+        measured(NAME, &text);
+        check_processes(cluster, &before, "the requests")?;
+
+        still_serves(&addresses)?;
+        cluster.wait_in_sync(SYNC_LIMIT)?;
+        cluster.compare_replicas()
+    });
+}
