@@ -1,14 +1,18 @@
-//! Real NBD clients against the primary: nbdinfo, nbdcopy, qemu-img, qemu-io, fio. Each must run clean,
-//! and what went in must come out. A node that is not primary refuses and says who is.
+//! Real NBD clients against the primary: nbdinfo, nbdcopy, nbdsh, qemu-img, qemu-io, qemu-storage-daemon, fio. Each
+//! must run clean, and what went in must come out. A node that is not primary refuses and says who is.
 
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use blkrepl_tests::client::{Link, LinkError};
 use blkrepl_tests::cluster::SYNC_LIMIT;
-use blkrepl_tests::proc::{Finished, missing, run, run_ok};
+use blkrepl_tests::proc::{Finished, Proc, missing, run, run_ok};
 use blkrepl_tests::report::{measured, skipped};
+use blkrepl_tests::wait::wait_until;
 use blkrepl_tests::{Cluster, ClusterOptions, files, with_cluster};
 
 const MIB: u64 = 1 << 20;
@@ -83,13 +87,243 @@ fn nbdcopy_brings_a_file_in_and_out() {
     });
 }
 
+/// A file of the volume's size that is a hole but for some MiB of data.
+fn make_sparse(path: &Path, seed: u64) -> Result<Vec<u64>> {
+    files::make_random(path, MIB, seed)?;
+    let piece = std::fs::read(path)?;
+    File::create(path)?.set_len(SIZE)?;
+    let file = OpenOptions::new().write(true).open(path)?;
+    let places: Vec<u64> = vec![0, 1, 17, 40 + seed, 60, 95];
+    places.iter().try_for_each(|place| file.write_all_at(&piece, place * MIB))?;
+    Ok(places)
+}
+
+/// MiB of the volume that are no hole, by what its server says.
+fn allocated(address: &str) -> Result<Vec<u64>> {
+    let text = run_ok("nbdinfo", &["--map", "--json", address], LIMIT)?.stdout;
+    let map: serde_json::Value = serde_json::from_str(&text).context("parse nbdinfo's JSON")?;
+    let mut places = Vec::new();
+    for entry in map.as_array().context("a list of extents")? {
+        let number = |key: &str| entry[key].as_u64().with_context(|| format!("{key} in {entry}"));
+        let (start, len) = (number("offset")?, number("length")?);
+        ensure!(start % MIB == 0 && len % MIB == 0, "an extent that nobody made: {entry}");
+        if number("type")? & 1 == 0 {
+            places.extend(start / MIB..(start + len) / MIB);
+        }
+    }
+    Ok(places)
+}
+
+#[test]
+fn nbdcopy_keeps_holes_over_four_connections_both_ways() {
+    let name = "nbdcopy_sparse";
+    against_primary(name, &["nbdcopy", "nbdinfo"], |cluster, addresses| {
+        let (source, back) = (cluster.dir().join("source"), cluster.dir().join("back"));
+        let (source_arg, back_arg) = (source.display().to_string(), back.display().to_string());
+        for (seed, address) in (0..).zip(addresses) {
+            // Data where the holes of the source go, so that it has to be given up.
+            let mut link = Link::connect(address, LIMIT)?;
+            for at in (0..SIZE / MIB).step_by(3) {
+                link.write(at * MIB, &vec![0xdd; MIB as usize])?;
+            }
+            drop(link);
+            let places = make_sparse(&source, seed)?;
+            let many = ["--connections=4", "--threads=4", "--requests=32", "--verbose", "--flush"];
+            let done = run_ok("nbdcopy", &[&many[..], &[&source_arg, address]].concat(), LIMIT)?;
+            ensure!(done.text().contains("connections=4 "), "not four connections");
+            let found = allocated(address)?;
+            ensure!(found == places, "data at {found:?} MiB, the source has it at {places:?}");
+            let done = run_ok("nbdcopy", &[&many[..], &[address, &back_arg]].concat(), LIMIT)?;
+            ensure!(done.text().contains("connections=4 "), "not four connections");
+            files::compare(&source, &back, SIZE)?;
+            let (data, taken) = (places.len() as u64 * MIB, std::fs::metadata(&back)?.blocks() * 512);
+            ensure!(taken <= data + MIB, "{data} bytes of data take {taken} in the copy");
+            std::fs::remove_file(&back)?;
+        }
+        for node in cluster.data_nodes()? {
+            let taken = std::fs::metadata(node.data()?)?.blocks() * 512;
+            ensure!(taken < 12 * MIB, "{} takes {taken} bytes for 6 MiB of data", node.name);
+        }
+        Ok(())
+    });
+}
+
+/// What a script in nbdsh finds true, in `URI` and `SIZE`.
+const SCRIPT: &str = r#"
+h.add_meta_context("base:allocation")
+h.add_meta_context("blkrepl:dirty")
+h.connect_uri(URI)
+assert h.get_size() == SIZE
+assert h.can_multi_conn() and h.can_df() and h.can_cache() and h.can_zero() and h.can_trim()
+assert not h.is_read_only() and not h.can_fast_zero()
+assert h.can_meta_context("base:allocation") and h.can_meta_context("blkrepl:dirty")
+
+h.trim(4 << 20, 0)
+h.pwrite(b"a" * 65536, 1 << 20, nbd.CMD_FLAG_FUA)
+said = {}
+def note(context, offset, entries, error):
+    said[context] = entries
+h.block_status(4 << 20, 0, note)
+assert said["base:allocation"] == [1 << 20, 3, 65536, 0, (3 << 20) - 65536, 3], said
+assert said["blkrepl:dirty"] == [4 << 20, 0], said
+h.block_status(4 << 20, 0, note, nbd.CMD_FLAG_REQ_ONE)
+assert said["base:allocation"] == [1 << 20, 3], said
+h.zero(32768, 1 << 20, nbd.CMD_FLAG_NO_HOLE)
+assert h.pread(65536, 1 << 20) == bytes(32768) + b"a" * 32768
+assert h.pread_structured(65536, 1 << 20, lambda *a: None, nbd.CMD_FLAG_DF)[32768:] == b"a" * 32768
+h.cache(4 << 20, 0)
+h.flush()
+
+# Many at once, answered in any order.
+pieces = {n: bytes([n + 1]) * 8192 for n in range(64)}
+cookies = {h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(p)), (8 << 20) + n * 8192) for n, p in pieces.items()}
+while cookies:
+    h.poll(-1)
+    cookies -= {c for c in cookies if h.aio_command_completed(c)}
+assert h.pread(64 * 8192, 8 << 20) == b"".join(pieces[n] for n in range(64))
+
+# Without its own checks the library sends what it is told; the server refuses, and the session goes on.
+h.set_strict_mode(0)
+def refused(call, errno):
+    try:
+        call()
+    except nbd.Error as reason:
+        assert reason.errno == errno, reason
+    else:
+        raise AssertionError("not refused")
+refused(lambda: h.pread(4096, SIZE), "EINVAL")
+refused(lambda: h.pwrite(b"x" * 4096, SIZE - 1), "ENOSPC")
+refused(lambda: h.trim(4096, SIZE), "EINVAL")
+refused(lambda: h.zero(4096, SIZE), "ENOSPC")
+refused(lambda: h.zero(4096, 0, nbd.CMD_FLAG_FAST_ZERO), "EINVAL")
+refused(lambda: h.pwrite(b"", 0), "EINVAL")
+refused(lambda: h.flush(nbd.CMD_FLAG_DF), "EINVAL")
+assert h.pread(4096, 8 << 20) == pieces[0][:4096]
+h.shutdown()
+"#;
+
+/// nbdsh with a script. It takes the first python3 of PATH, and its module belongs to that of the system.
+fn nbdsh(script: &str) -> Result<Finished> {
+    let path = format!("/usr/bin:{}", std::env::var("PATH").unwrap_or_default());
+    run(Command::new("nbdsh").env("PATH", path).args(["-c", script]), LIMIT)
+}
+
+#[test]
+fn nbdsh_scripts_find_what_the_document_says() {
+    let name = "nbdsh";
+    if let Some(reason) = missing(&[name]) {
+        return skipped(name, &reason);
+    }
+    if !nbdsh("pass").is_ok_and(|done| done.code() == 0) {
+        return skipped(name, "python3 has no module nbd");
+    }
+    against_primary(name, &[name], |_, addresses| {
+        for address in addresses {
+            let script = SCRIPT.replace("URI", &format!("{address:?}")).replace("SIZE", &SIZE.to_string());
+            nbdsh(&script)?.ok().with_context(|| format!("over {}", scheme(address)))?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn qemu_img_maps_holes() {
+    against_primary("qemu-img map", &["qemu-img"], |cluster, addresses| {
+        let source = cluster.dir().join("source");
+        let source_arg = source.display().to_string();
+        for (seed, address) in (0..).zip(addresses) {
+            let places = make_sparse(&source, seed)?;
+            run_ok("qemu-img", &["convert", "-n", "-f", "raw", "-O", "raw", &source_arg, address], LIMIT)?;
+            let map = run_ok("qemu-img", &["map", "-f", "raw", "--output=json", address], LIMIT)?.stdout;
+            let map: serde_json::Value = serde_json::from_str(&map).context("parse qemu-img's JSON")?;
+            let mut found = Vec::new();
+            for entry in map.as_array().context("a list of extents")? {
+                let number = |key: &str| entry[key].as_u64().with_context(|| format!("{key} in {entry}"));
+                if entry["data"].as_bool() == Some(true) {
+                    found.extend(number("start")? / MIB..(number("start")? + number("length")?) / MIB);
+                } else {
+                    ensure!(entry["zero"].as_bool() == Some(true), "neither data nor zeroes: {entry}");
+                }
+            }
+            ensure!(found == places, "data at {found:?} MiB, the source has it at {places:?}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn qemu_img_benches() {
+    let name = "qemu-img bench";
+    against_primary(name, &["qemu-img"], |_, addresses| {
+        for address in addresses {
+            for way in [&[][..], &["-w", "--flush-interval=64"], &["-w", "-s", "65536", "-c", "500"]] {
+                let base = ["bench", "-f", "raw", "-t", "none", "-c", "4000", "-d", "32", "-s", "4096"];
+                let done = run_ok("qemu-img", &[&base[..], way, &[address]].concat(), LIMIT)?;
+                let time = done.stdout.lines().find(|line| line.starts_with("Run completed"));
+                let time = time.with_context(|| format!("qemu-img bench: {}", done.text()))?;
+                measured(name, &format!("{} {way:?}: {time}", scheme(address)));
+            }
+        }
+        Ok(())
+    });
+}
+
+/// Options of qemu that say where an address leads.
+fn qemu_server(address: &str) -> Result<String> {
+    let (address, export) = blkrepl_tests::nbd::Address::parse(address)?;
+    let server = match address {
+        blkrepl_tests::nbd::Address::Unix(path) => format!("server.type=unix,server.path={path}"),
+        blkrepl_tests::nbd::Address::Tcp(host) => {
+            let (host, port) = host.rsplit_once(':').context("a port")?;
+            format!("server.type=inet,server.host={host},server.port={port}")
+        }
+    };
+    Ok(format!("{server},export={export}"))
+}
+
+#[test]
+fn qemu_storage_daemon_passes_the_volume_on() {
+    let tools = ["qemu-storage-daemon", "qemu-io", "qemu-img", "nbdcopy"];
+    against_primary("qemu-storage-daemon", &tools, |cluster, addresses| {
+        let (source, back) = (cluster.dir().join("source"), cluster.dir().join("back"));
+        let socket = cluster.dir().join("qsd.sock");
+        let passed_on = format!("nbd+unix:///out?socket={}", socket.display());
+        for (seed, address) in (0..).zip(addresses) {
+            let mut command = Command::new("qemu-storage-daemon");
+            let node = format!("driver=nbd,node-name=vol,reconnect-delay=10,{}", qemu_server(address)?);
+            let listen = format!("addr.type=unix,addr.path={}", socket.display());
+            command.args(["--blockdev", &format!("{node},discard=unmap"), "--nbd-server", &listen]);
+            command.args(["--export", "type=nbd,id=out,node-name=vol,name=out,writable=on"]);
+            let mut daemon =
+                Proc::spawn("qemu-storage-daemon", &mut command, &cluster.dir().join("qsd.log"))?;
+            let mut ended = false;
+            wait_until("the socket of qemu-storage-daemon", LIMIT, || {
+                ended = !matches!(daemon.exited(), Ok(None));
+                ended || std::os::unix::net::UnixStream::connect(&socket).is_ok()
+            })?;
+            ensure!(!ended, "qemu-storage-daemon ended at once: {}", daemon.output());
+            make_sparse(&source, seed)?;
+            let (source_arg, back_arg) = (source.display().to_string(), back.display().to_string());
+            run_ok("nbdcopy", &["--flush", &source_arg, &passed_on], LIMIT)?;
+            run_ok("qemu-img", &["compare", "-f", "raw", "-F", "raw", &source_arg, address], LIMIT)?;
+            qemu_io(&passed_on, &["write -P 0x3a 3M 1M", "write -z 17M 64k", "discard 60M 1M", "flush"])?;
+            qemu_io(address, &["read -P 0x3a 3M 1M", "read -P 0 17M 64k", "read -P 0 60M 1M"])?;
+            run_ok("nbdcopy", &[&passed_on, &back_arg], LIMIT)?;
+            run_ok("qemu-img", &["compare", "-f", "raw", "-F", "raw", &back_arg, address], LIMIT)?;
+            let status = daemon.end(rustix::process::Signal::TERM, LIMIT)?;
+            ensure!(status.success(), "qemu-storage-daemon ended with {status}: {}", daemon.output());
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn qemu_img_converts_and_compares() {
     against_primary("qemu-img", &["qemu-img"], |cluster, addresses| {
         let source = cluster.dir().join("source");
         // Data, a long hole, data: so that zeroes are written as such, and read back as such.
         files::make_random(&source, 20 * MIB, 7)?;
-        std::fs::OpenOptions::new().write(true).open(&source)?.set_len(SIZE)?;
+        OpenOptions::new().write(true).open(&source)?.set_len(SIZE)?;
         let source = source.display().to_string();
         for address in addresses {
             run_ok("qemu-img", &["convert", "-n", "-f", "raw", "-O", "raw", &source, address], LIMIT)?;
@@ -182,6 +416,32 @@ fn fio_verifies_what_it_wrote() {
             ensure!(!done.text().contains("verify: bad"), "fio: {}", done.text());
             for line in done.stdout.lines().filter(|l| l.contains("IOPS=")) {
                 measured("fio", &format!("{} bs {bs}: {}", scheme(address), line.trim()));
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn four_jobs_of_fio_verify_what_they_wrote() {
+    let name = "fio_jobs";
+    if !has_fio_nbd() {
+        skipped(name, "fio with its nbd engine is not installed");
+        return;
+    }
+    against_primary(name, &["fio"], |cluster, addresses| {
+        for address in addresses {
+            let mut command = Command::new("fio");
+            command.current_dir(cluster.dir()).args(["--name=jobs", "--ioengine=nbd", "--thread"]);
+            // An area for each job: one must not overwrite what another verifies.
+            command.args(["--numjobs=4", "--size=20m", "--offset_increment=24m", "--group_reporting"]);
+            command.args(["--rw=randrw", "--bsrange=4k-64k", "--iodepth=16", "--fsync=128"]);
+            command.args(["--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0"]);
+            let done = run(command.arg(format!("--uri={address}")), LIMIT)?.ok()?;
+            ensure!(!done.text().contains("verify: bad"), "fio: {}", done.text());
+            ensure!(done.stdout.contains("jobs=4"), "not four jobs: {}", done.stdout);
+            for line in done.stdout.lines().filter(|line| line.contains("IOPS=")) {
+                measured(name, &format!("{}: {}", scheme(address), line.trim()));
             }
         }
         Ok(())
