@@ -1,5 +1,5 @@
 //! A volume as a file system: nbdfuse shows the export as a file, a loop device makes a block device of
-//! it, ext4 lies on that. Needs root, FUSE and loop devices; [`unavailable`] says what is missing.
+//! it, ext4 or XFS lies on that. Needs root, FUSE and loop devices; [`unavailable`] says what is missing.
 //!
 //! The stack is taken down in any state, also after its server is gone (every request fails with EIO
 //! then), and never touches a loop device or a mount that it did not make.
@@ -31,12 +31,49 @@ pub fn unavailable() -> Option<String> {
     devices.iter().find(|path| !Path::new(path).exists()).map(|path| format!("{path} does not exist"))
 }
 
+/// What can be put on a volume.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FileSystem {
+    /// ext4.
+    #[default]
+    Ext4,
+    /// XFS.
+    Xfs,
+}
+
+impl FileSystem {
+    /// Why it cannot be had here; none if it can.
+    #[must_use]
+    pub fn unavailable(self) -> Option<String> {
+        let tools: &[&str] = match self {
+            Self::Ext4 => &["mkfs.ext4", "e2fsck"],
+            Self::Xfs => &["mkfs.xfs", "xfs_repair"],
+        };
+        let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+        // The kernel loads what is not listed yet when it is mounted, if it has it at all.
+        let loads = Path::new("/proc/modules").exists();
+        let unknown = !loads && !known.lines().any(|line| line.trim() == self.name());
+        let unknown = unknown.then(|| format!("the kernel does not know {}", self.name()));
+        unavailable().or_else(|| proc::missing(tools)).or(unknown)
+    }
+
+    /// As mount knows it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+        }
+    }
+}
+
 /// A block device that is a volume, and perhaps a file system mounted from it.
 pub struct Mount {
     shown: PathBuf,
     fuse: Option<Proc>,
     device: Option<String>,
     mounted: Option<PathBuf>,
+    kind: FileSystem,
 }
 
 impl Mount {
@@ -46,7 +83,7 @@ impl Mount {
     /// Where a step fails; what was built is taken down.
     pub fn attach(scratch: &Path, uri: &str) -> Result<Self> {
         let shown = tempfile::Builder::new().prefix("fuse-").tempdir_in(scratch)?.keep();
-        let mut mount = Self { shown, fuse: None, device: None, mounted: None };
+        let mut mount = Self { shown, fuse: None, device: None, mounted: None, kind: FileSystem::default() };
         let mut command = Command::new("nbdfuse");
         command.arg(&mount.shown).arg(uri);
         let fuse = mount.fuse.insert(Proc::spawn("nbdfuse", &mut command, &scratch.join("nbdfuse.log"))?);
@@ -64,6 +101,13 @@ impl Mount {
         Ok(mount)
     }
 
+    /// The same for another file system than ext4.
+    #[must_use]
+    pub fn of(mut self, kind: FileSystem) -> Self {
+        self.kind = kind;
+        self
+    }
+
     /// The block device.
     ///
     /// # Errors
@@ -72,17 +116,29 @@ impl Mount {
         self.device.as_deref().context("the loop device is gone")
     }
 
-    /// Puts an empty ext4 on it.
+    /// Puts an empty file system on it.
     ///
     /// # Errors
     /// Where mkfs fails.
     pub fn format(&self) -> Result<()> {
-        run_ok(
-            "mkfs.ext4",
-            &["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", self.device()?],
-            STEP_LIMIT,
-        )?;
+        let device = self.device()?;
+        let eager = "lazy_itable_init=0,lazy_journal_init=0";
+        match self.kind {
+            FileSystem::Ext4 => run_ok("mkfs.ext4", &["-q", "-F", "-E", eager, device], STEP_LIMIT)?,
+            FileSystem::Xfs => run_ok("mkfs.xfs", &["-q", "-f", device], STEP_LIMIT)?,
+        };
         Ok(())
+    }
+
+    /// Gives up the space of what was deleted from the mounted file system.
+    ///
+    /// # Errors
+    /// Where it is not mounted, or fstrim fails.
+    pub fn trim(&self) -> Result<()> {
+        let at = self.mounted.as_ref().context("not mounted")?;
+        // A block is free when the deletion is in the journal.
+        run_ok("sync", &["-f".as_ref(), at.as_os_str()], STEP_LIMIT)?;
+        run_ok("fstrim", &[at.as_os_str()], STEP_LIMIT).map(drop)
     }
 
     /// Mounts it at the directory `at`, which is made if it is missing.
@@ -92,18 +148,26 @@ impl Mount {
     pub fn mount(&mut self, at: &Path) -> Result<()> {
         fs::create_dir_all(at).with_context(|| format!("make {}", at.display()))?;
         let device = self.device()?.to_owned();
-        run_ok("mount", &["-t".as_ref(), "ext4".as_ref(), device.as_ref(), at.as_os_str()], STEP_LIMIT)?;
+        run_ok(
+            "mount",
+            &["-t".as_ref(), self.kind.name().as_ref(), device.as_ref(), at.as_os_str()],
+            STEP_LIMIT,
+        )?;
         self.mounted = Some(at.to_path_buf());
         Ok(())
     }
 
-    /// Replays the journal, then checks the whole file system, changing nothing.
+    /// Replays the journal of ext4, then checks the whole file system, changing nothing.
     ///
     /// # Errors
     /// If the journal cannot be replayed, or the check finds anything at all afterwards.
     pub fn check(&self) -> Result<Finished> {
         ensure!(self.mounted.is_none(), "a mounted file system is not checked");
         let device = self.device()?;
+        if self.kind == FileSystem::Xfs {
+            // Its journal is replayed by mounting only; with a dirty one this fails.
+            return run(Command::new("xfs_repair").args(["-n", device]), STEP_LIMIT)?.ok();
+        }
         let replay = run(Command::new("e2fsck").args(["-p", "-E", "journal_only", device]), STEP_LIMIT)?;
         ensure!(replay.code() <= 1, "journal replay failed ({}): {}", replay.code(), replay.text());
         run(Command::new("e2fsck").args(["-f", "-n", device]), STEP_LIMIT)?.ok()

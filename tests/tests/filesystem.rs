@@ -1,7 +1,9 @@
 //! A file system with databases on the volume: nbdfuse, loop, ext4; SQLite and PostgreSQL under load; the
 //! primary is killed; the volume is mounted from the new primary. Journal replay, e2fsck clean, and
-//! every transaction that was reported committed is there.
+//! every transaction that was reported committed is there. And what files gave up takes no space on either replica,
+//! with ext4 and XFS.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -11,12 +13,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use blkrepl_tests::cluster::{FAILOVER_LIMIT, SYNC_LIMIT};
-use blkrepl_tests::mount::{self, Mount};
+use blkrepl_tests::mount::{self, FileSystem, Mount};
 use blkrepl_tests::postgres::{self, Postgres};
 use blkrepl_tests::proc::{missing, run, run_ok};
 use blkrepl_tests::report::{human, measured, skipped, step};
 use blkrepl_tests::wait::wait_until;
-use blkrepl_tests::{Cluster, ClusterOptions, with_cluster};
+use blkrepl_tests::{Cluster, ClusterOptions, files, with_cluster};
 
 const SIZE: u64 = 768 << 20;
 const LIMIT: Duration = Duration::from_secs(120);
@@ -262,4 +264,65 @@ fn postgresql_survives_the_primary_under_pgbench() {
         cluster.wait_in_sync(SYNC_LIMIT)?;
         cluster.compare_replicas()
     });
+}
+
+/// Bytes that the data file of each replica takes.
+fn space(cluster: &Cluster) -> Result<Vec<u64>> {
+    let nodes = cluster.data_nodes()?;
+    nodes.iter().map(|node| Ok(std::fs::metadata(node.data()?)?.blocks() * 512)).collect()
+}
+
+/// Writes files, deletes most of them, and gives up what they took.
+fn trims(kind: FileSystem) {
+    const FILES: u64 = 16;
+    const KEPT: u64 = 4;
+    const LEN: u64 = 10 << 20;
+    let name = format!("fstrim {}", kind.name());
+    if let Some(reason) = kind.unavailable().or_else(|| missing(&["fstrim"])) {
+        return skipped(&name, &reason);
+    }
+    with_cluster(&format!("fstrim_{}", kind.name()), ClusterOptions::sized(SIZE), |cluster| {
+        let scratch = open_dir(cluster, "fs")?;
+        let at = scratch.join("mnt");
+        let mut disk = Mount::attach(&scratch, &primary_address(cluster)?)?.of(kind);
+        disk.format()?;
+        disk.mount(&at)?;
+        let file = |number: u64| at.join(format!("file{number}"));
+        (0..FILES).try_for_each(|number| files::make_random(&file(number), LEN, number))?;
+        disk.trim()?;
+        let full = space(cluster)?;
+        ensure!(full.iter().all(|taken| *taken >= FILES * LEN), "{full:?} bytes for {FILES} files of {LEN}");
+
+        (KEPT..FILES).try_for_each(|number| std::fs::remove_file(file(number)))?;
+        disk.trim()?;
+        let left = space(cluster)?;
+        measured(&name, &format!("{full:?} bytes on the replicas with {FILES} files, {left:?} with {KEPT}"));
+        let given_up = (FILES - KEPT) * LEN;
+        for (full, left) in full.iter().zip(&left) {
+            // What the file system has for itself may grow a little.
+            ensure!(left + given_up <= full + (2 << 20), "{left} bytes left of {full}, {given_up} given up");
+        }
+
+        disk.unmount()?;
+        disk.check()?;
+        disk.mount(&at)?;
+        let expected = cluster.dir().join("expected");
+        for number in 0..KEPT {
+            files::make_random(&expected, LEN, number)?;
+            files::compare(&expected, &file(number), LEN)?;
+        }
+        disk.detach()?;
+        cluster.wait_in_sync(SYNC_LIMIT)?;
+        cluster.compare_replicas()
+    });
+}
+
+#[test]
+fn what_is_deleted_from_ext4_takes_no_space_on_either_replica_after_fstrim() {
+    trims(FileSystem::Ext4);
+}
+
+#[test]
+fn what_is_deleted_from_xfs_takes_no_space_on_either_replica_after_fstrim() {
+    trims(FileSystem::Xfs);
 }
