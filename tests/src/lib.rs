@@ -12,6 +12,7 @@ pub mod cluster;
 pub mod disk;
 pub mod evidence;
 pub mod faults;
+pub mod features;
 pub mod files;
 pub mod guest;
 pub mod mount;

@@ -8,8 +8,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use blkrepl_tests::binary::workspace;
 use blkrepl_tests::client::{Link, LinkError};
 use blkrepl_tests::cluster::SYNC_LIMIT;
+use blkrepl_tests::features::{features, first_column};
 use blkrepl_tests::proc::{Finished, Proc, missing, run, run_ok};
 use blkrepl_tests::report::{measured, skipped};
 use blkrepl_tests::wait::wait_until;
@@ -64,6 +66,26 @@ fn nbdinfo_sees_the_volume_and_the_secondary_names_the_primary() {
         }
         let refused = run(Command::new("nbdinfo").arg(secondary.tcp()?), LIMIT)?;
         ensure!(refused.code() != 0, "nbdinfo is served by the secondary: {}", refused.text());
+        Ok(())
+    });
+}
+
+#[test]
+fn the_table_of_features_is_what_nbdinfo_says() {
+    against_primary("features", &["nbdinfo"], |_, addresses| {
+        let document = std::fs::read_to_string(workspace().join("docs/nbd.md"))?;
+        let documented = first_column(&document);
+        ensure!(documented.len() > 15, "only {} features in the table of docs/nbd.md", documented.len());
+        for address in addresses {
+            let found = features(address)?;
+            for (name, said) in &documented {
+                // Another nbdinfo may have words for more or less than the one that the table was made with.
+                let Some(found) = found.get(name) else { continue };
+                ensure!(found == said, "{name} is {found}, docs/nbd.md says {said}; make the table again");
+            }
+            let known = found.keys().filter(|name| documented.contains_key(*name)).count();
+            ensure!(known > 15, "nbdinfo knows only {known} features of the table");
+        }
         Ok(())
     });
 }
