@@ -2,6 +2,9 @@
 //! the real binary. None is answered wrongly, no process ends, none takes memory without bound, and the volume is
 //! served correctly afterwards.
 //!
+//! And clients that hoard: they ask for the longest replies and take none, or announce the longest payloads and send
+//! none. The nodes' memory stays within what the document of the architecture says, and others are served.
+//!
 //! `BLKREPL_SEED` repeats a run; `BLKREPL_NBD_ROUNDS=N` makes N times as many of both.
 
 use std::time::{Duration, Instant};
@@ -9,8 +12,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use blkrepl_tests::bits::{Random, fresh_seed, mix};
 use blkrepl_tests::cluster::SYNC_LIMIT;
-use blkrepl_tests::nbd::{Address, Form, Load, Outcome, Talk, negotiate};
+use blkrepl_tests::nbd::spec::{NBD_CMD_READ, NBD_CMD_WRITE_ZEROES};
+use blkrepl_tests::nbd::{Address, Form, Load, Outcome, Request, Session, Talk, negotiate};
 use blkrepl_tests::report::{human, measured, step};
+use blkrepl_tests::wait::wait_for;
 use blkrepl_tests::{Cluster, ClusterOptions, with_cluster};
 
 const NAME: &str = "nbd_random";
@@ -25,6 +30,16 @@ const AREA: u64 = 4 * MIB;
 /// The most that a node may have resident at any time; it takes about 20 MiB. Less than two of the longest payloads,
 /// some of which are sent to be thrown away.
 const RESIDENT_MAX: u64 = 60 * MIB;
+
+/// Clients that hoard, a quarter of them writing. They ask for much more than client bytes have room for; who waits for
+/// that gets his turn when those who move nothing have been closed.
+const HOARDERS: u64 = 8;
+/// Requests of each.
+const HOARDED: u64 = 64;
+/// The longest payload.
+const PAYLOAD_MAX: u64 = 32 * MIB;
+/// Client bytes of a volume, free buffers, and the rest of the node.
+const HOARD_MAX: u64 = (256 + 64) * MIB + RESIDENT_MAX;
 
 /// How many times as much as usual is wanted.
 fn rounds() -> u64 {
@@ -58,14 +73,14 @@ fn processes(cluster: &Cluster) -> Result<Vec<(String, u32, u64)>> {
 }
 
 /// That the same processes run, never took too much memory, and said nothing of a panic.
-fn check_processes(cluster: &Cluster, before: &[(String, u32, u64)], when: &str) -> Result<()> {
+fn check_processes(cluster: &Cluster, before: &[(String, u32, u64)], when: &str, most: u64) -> Result<()> {
     for ((name, pid, peak), (_, old, _)) in processes(cluster)?.iter().zip(before) {
         ensure!(pid == old, "{name} was pid {old}, and is pid {pid} after {when}");
         measured(
             NAME,
             &format!("{name} after {when}: at most {:.1} MiB resident", *peak as f64 / MIB as f64),
         );
-        ensure!(*peak <= RESIDENT_MAX, "{name} after {when}: {peak} bytes resident, at most {RESIDENT_MAX}");
+        ensure!(*peak <= most, "{name} after {when}: {peak} bytes resident, at most {most}");
         let log = cluster.node(name)?.config.with_file_name("log");
         let text = std::fs::read_to_string(&log).with_context(|| format!("read {}", log.display()))?;
         ensure!(!text.contains("panicked"), "{name} panicked; see {}", log.display());
@@ -107,7 +122,6 @@ fn requests(addresses: &[(Address, String); 2], seed: u64) -> Result<Outcome> {
 
 /// Noise that was taken for requests may have written where loads expect zeroes.
 fn clear((address, export): &(Address, String)) -> Result<()> {
-    use blkrepl_tests::nbd::{Request, spec::NBD_CMD_WRITE_ZEROES};
     let (mut session, _) = Talk::agreed(address, Form::Structured)?.go(export)?;
     session.done(Request::new(NBD_CMD_WRITE_ZEROES, 0, 0, SIZE)).map(drop)
 }
@@ -138,7 +152,7 @@ fn whatever_clients_say_the_volume_is_served_correctly() {
         negotiations(&addresses, seed)?;
         let count = NEGOTIATIONS * rounds();
         measured(NAME, &format!("seed {seed}: {count} negotiations in {}", human(started.elapsed())));
-        check_processes(cluster, &before, "the negotiations")?;
+        check_processes(cluster, &before, "the negotiations", RESIDENT_MAX)?;
         clear(&addresses[0])?;
 
         let started = Instant::now();
@@ -150,8 +164,57 @@ fn whatever_clients_say_the_volume_is_served_correctly() {
         let text = format!("{answered} requests, {refused} refused, on {connections} connections");
         let text = format!("seed {seed}: {text}; {} MiB compared; {rate:.0} in a second", compared / MIB);
         measured(NAME, &text);
-        check_processes(cluster, &before, "the requests")?;
+        check_processes(cluster, &before, "the requests", RESIDENT_MAX)?;
 
+        still_serves(&addresses)?;
+        cluster.wait_in_sync(SYNC_LIMIT)?;
+        cluster.compare_replicas()
+    });
+}
+
+/// A client that asks for much and takes nothing, or announces much and sends nothing.
+fn hoard((address, export): &(Address, String), number: u64) -> Result<Session> {
+    let form = Form::ALL[(number % 3) as usize];
+    let (mut session, _) = Talk::agreed(address, form)?.go(export)?;
+    if number.is_multiple_of(4) {
+        let head = Request::write(form, 0, &[]);
+        session.wire.send(&Request { len: PAYLOAD_MAX, ..head }.bytes(form))?;
+    } else {
+        session.wire.stop_listening();
+        let read = |n| Request::new(NBD_CMD_READ, 0, n % 2 * PAYLOAD_MAX, PAYLOAD_MAX).named(n);
+        let bytes: Vec<u8> = (0..HOARDED).flat_map(|n| read(n).bytes(form)).collect();
+        session.wire.send(&bytes)?;
+    }
+    Ok(session)
+}
+
+#[test]
+fn clients_that_hoard_neither_take_all_memory_nor_stop_the_others() {
+    with_cluster("nbd_hoarders", ClusterOptions::sized(SIZE), |cluster| {
+        let primary = cluster.node(&cluster.wait_primary(SYNC_LIMIT)?)?;
+        let addresses = [Address::parse(primary.unix()?)?, Address::parse(primary.tcp()?)?];
+        let before = processes(cluster)?;
+        let (mut session, _) = Talk::agreed(&addresses[0].0, Form::Structured)?.go(&addresses[0].1)?;
+        // Reads of zeroes would be answered in a few bytes.
+        for at in (0..SIZE).step_by(PAYLOAD_MAX as usize) {
+            session.write(at, &vec![0x88; PAYLOAD_MAX as usize])?;
+        }
+        drop(session);
+        let hoarders: Vec<Session> = (0..HOARDERS)
+            .map(|number| hoard(&addresses[(number % 2) as usize], number))
+            .collect::<Result<_>>()?;
+        let started = Instant::now();
+        still_serves(&addresses)?;
+        let text =
+            format!("beside {HOARDERS} hoarders six sessions were served in {}", human(started.elapsed()));
+        measured("nbd_hoarders", &text);
+        check_processes(cluster, &before, "hoarding", HOARD_MAX)?;
+        drop(hoarders);
+        wait_for("the memory to be given back", SYNC_LIMIT, || {
+            let resident = cluster.memory(&primary.name)?.resident;
+            ensure!(resident <= RESIDENT_MAX, "{resident} bytes resident, at most {RESIDENT_MAX}");
+            Ok(())
+        })?;
         still_serves(&addresses)?;
         cluster.wait_in_sync(SYNC_LIMIT)?;
         cluster.compare_replicas()

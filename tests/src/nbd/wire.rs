@@ -6,6 +6,8 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -14,6 +16,8 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 
 /// Longest wait for bytes, and for the end of a connection.
 const LIMIT: Duration = Duration::from_secs(40);
+/// How often one that does not listen looks whether it should.
+const NAP: Duration = Duration::from_millis(5);
 
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,6 +110,7 @@ pub struct Wire {
     stream: Stream,
     incoming: Receiver<Vec<u8>>,
     reader: Option<JoinHandle<()>>,
+    deaf: Arc<AtomicBool>,
     buffer: Vec<u8>,
     at: usize,
     ended: bool,
@@ -123,11 +128,13 @@ impl Wire {
     fn over(stream: Stream) -> Result<Self> {
         let source = stream.try_clone().context("duplicate a socket")?;
         let (sender, incoming) = channel();
+        let deaf = Arc::new(AtomicBool::new(false));
+        let hears = Arc::clone(&deaf);
         let reader = std::thread::Builder::new()
             .stack_size(256 << 10)
-            .spawn(move || pump(source, &sender))
+            .spawn(move || pump(source, &sender, &hears))
             .context("start a reader")?;
-        Ok(Self { stream, incoming, reader: Some(reader), buffer: Vec::new(), at: 0, ended: false })
+        Ok(Self { stream, incoming, reader: Some(reader), deaf, buffer: Vec::new(), at: 0, ended: false })
     }
 
     /// Sends bytes.
@@ -136,6 +143,11 @@ impl Wire {
     /// If the connection is closed, or the server takes nothing for long.
     pub fn send(&mut self, bytes: &[u8]) -> Result<()> {
         self.stream.write_all(bytes).context("send to the server")
+    }
+
+    /// Takes nothing more off the socket, so that it fills, but for one piece at most.
+    pub fn stop_listening(&self) {
+        self.deaf.store(true, Ordering::Relaxed);
     }
 
     /// Sends nothing more; the server sees the end of the stream.
@@ -233,6 +245,7 @@ impl Wire {
 
 impl Drop for Wire {
     fn drop(&mut self) {
+        self.deaf.store(false, Ordering::Relaxed);
         // Fails where the server has closed already, and then there is nothing to end.
         drop(self.stream.shutdown(Shutdown::Both));
         if let Some(reader) = self.reader.take() {
@@ -243,9 +256,12 @@ impl Drop for Wire {
 
 /// Takes in what comes until the connection ends. A reset is an end like any other: a server that closes while
 /// bytes of ours are under way makes one.
-fn pump(mut source: Stream, sink: &Sender<Vec<u8>>) {
+fn pump(mut source: Stream, sink: &Sender<Vec<u8>>, deaf: &AtomicBool) {
     let mut buffer = vec![0; 64 << 10];
     loop {
+        while deaf.load(Ordering::Relaxed) {
+            std::thread::sleep(NAP);
+        }
         match source.read(&mut buffer) {
             Ok(0) => return,
             Ok(len) => {
