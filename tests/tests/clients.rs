@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use blkrepl_tests::binary::workspace;
 use blkrepl_tests::client::{Link, LinkError};
-use blkrepl_tests::cluster::SYNC_LIMIT;
+use blkrepl_tests::cluster::{FAILOVER_LIMIT, SYNC_LIMIT};
 use blkrepl_tests::features::{features, first_column};
 use blkrepl_tests::proc::{Finished, Proc, missing, run, run_ok};
 use blkrepl_tests::report::{measured, skipped};
@@ -303,6 +303,50 @@ fn qemu_server(address: &str) -> Result<String> {
     Ok(format!("{server},export={export}"))
 }
 
+/// qemu-storage-daemon, which exports as `out` on `socket` what it is given at `address`.
+fn storage_daemon(cluster: &Cluster, address: &str, socket: &Path) -> Result<Proc> {
+    let mut command = Command::new("qemu-storage-daemon");
+    let node = format!("driver=nbd,node-name=vol,reconnect-delay=60,{}", qemu_server(address)?);
+    let listen = format!("addr.type=unix,addr.path={}", socket.display());
+    command.args(["--blockdev", &format!("{node},discard=unmap"), "--nbd-server", &listen]);
+    command.args(["--export", "type=nbd,id=out,node-name=vol,name=out,writable=on"]);
+    let mut daemon = Proc::spawn("qemu-storage-daemon", &mut command, &cluster.dir().join("qsd.log"))?;
+    let mut ended = false;
+    wait_until("the socket of qemu-storage-daemon", LIMIT, || {
+        ended = !matches!(daemon.exited(), Ok(None));
+        ended || std::os::unix::net::UnixStream::connect(socket).is_ok()
+    })?;
+    ensure!(!ended, "qemu-storage-daemon ended at once: {}", daemon.output());
+    Ok(daemon)
+}
+
+#[test]
+fn qemu_storage_daemon_waits_for_a_primary_that_comes_back() {
+    let tools = ["qemu-storage-daemon", "qemu-io"];
+    against_primary("qemu-storage-daemon", &tools, |cluster, addresses| {
+        let (primary, other) = (cluster.wait_primary(SYNC_LIMIT)?, cluster.secondary()?);
+        let volume = cluster.volume().to_owned();
+        let socket = cluster.dir().join("qsd.sock");
+        let passed_on = format!("nbd+unix:///out?socket={}", socket.display());
+        let mut daemon = storage_daemon(cluster, &addresses[0], &socket)?;
+        qemu_io(&passed_on, &["write -P 0x41 1M 1M"])?;
+        cluster.cli(&other, &["move", &volume, "--to", &other])?.ok()?;
+        ensure!(cluster.wait_primary(FAILOVER_LIMIT)? == other, "the move did not happen");
+        // Its server has closed the connection and refuses it now; the request waits.
+        let mut command = Command::new("qemu-io");
+        command.args(["-f", "raw", "-c", "read -P 0x41 1M 1M", "-c", "write -P 0x42 2M 1M", &passed_on]);
+        let mut waits = Proc::spawn("qemu-io", &mut command, &cluster.dir().join("qemu-io.log"))?;
+        cluster.wait_in_sync(SYNC_LIMIT)?;
+        cluster.cli(&primary, &["move", &volume, "--to", &primary])?.ok()?;
+        ensure!(waits.wait(LIMIT)?.success(), "qemu-io: {}", waits.output());
+        ensure!(waits.output().contains("wrote 1048576"), "qemu-io: {}", waits.output());
+        qemu_io(&addresses[0], &["read -P 0x41 1M 1M", "read -P 0x42 2M 1M"])?;
+        let status = daemon.end(rustix::process::Signal::TERM, LIMIT)?;
+        ensure!(status.success(), "qemu-storage-daemon ended with {status}: {}", daemon.output());
+        Ok(())
+    });
+}
+
 #[test]
 fn qemu_storage_daemon_passes_the_volume_on() {
     let tools = ["qemu-storage-daemon", "qemu-io", "qemu-img", "nbdcopy"];
@@ -311,19 +355,7 @@ fn qemu_storage_daemon_passes_the_volume_on() {
         let socket = cluster.dir().join("qsd.sock");
         let passed_on = format!("nbd+unix:///out?socket={}", socket.display());
         for (seed, address) in (0..).zip(addresses) {
-            let mut command = Command::new("qemu-storage-daemon");
-            let node = format!("driver=nbd,node-name=vol,reconnect-delay=10,{}", qemu_server(address)?);
-            let listen = format!("addr.type=unix,addr.path={}", socket.display());
-            command.args(["--blockdev", &format!("{node},discard=unmap"), "--nbd-server", &listen]);
-            command.args(["--export", "type=nbd,id=out,node-name=vol,name=out,writable=on"]);
-            let mut daemon =
-                Proc::spawn("qemu-storage-daemon", &mut command, &cluster.dir().join("qsd.log"))?;
-            let mut ended = false;
-            wait_until("the socket of qemu-storage-daemon", LIMIT, || {
-                ended = !matches!(daemon.exited(), Ok(None));
-                ended || std::os::unix::net::UnixStream::connect(&socket).is_ok()
-            })?;
-            ensure!(!ended, "qemu-storage-daemon ended at once: {}", daemon.output());
+            let mut daemon = storage_daemon(cluster, address, &socket)?;
             make_sparse(&source, seed)?;
             let (source_arg, back_arg) = (source.display().to_string(), back.display().to_string());
             run_ok("nbdcopy", &["--flush", &source_arg, &passed_on], LIMIT)?;
