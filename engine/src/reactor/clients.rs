@@ -296,7 +296,10 @@ impl Clients {
                     }
                     match request.op {
                         FrontOp::Read => return self.start(conn, request, ClientOp::Read),
-                        FrontOp::BlockStatus => return self.start(conn, request, ClientOp::Extents),
+                        FrontOp::BlockStatus => {
+                            let max = if request.one { 1 } else { EXTENTS_MAX };
+                            return self.start(conn, request, ClientOp::Extents { max });
+                        }
                         FrontOp::WriteZeroes => return self.start_fill(io, conn, request),
                         _ => {}
                     }

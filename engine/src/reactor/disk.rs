@@ -132,7 +132,7 @@ impl Object {
         let source = std::io::Error::from_raw_os_error(error);
         tracing::error!(file = %self.path.display(), offset = at, error = %source, "{what} failed");
         match error {
-            libc::ENOSPC | libc::EDQUOT => DiskErrorKind::NoSpace,
+            libc::ENOSPC | libc::EDQUOT | libc::EFBIG => DiskErrorKind::NoSpace,
             _ => DiskErrorKind::Io,
         }
     }
@@ -272,9 +272,9 @@ impl Disk {
                 let zero = Zero { at, len, durable, step: ZeroStep::Punch };
                 Operation::Zero(if self.data.punch { zero } else { zero.by_writing(io) })
             }
-            DiskOp::Extents { blocks } => {
+            DiskOp::Extents { blocks, max } => {
                 let _checked = self.place(blocks);
-                return self.searcher.start(id, blocks);
+                return self.searcher.start(id, blocks, max);
             }
             DiskOp::Flush => Operation::Flush,
             DiskOp::MetaWrite { offset, bytes } => Operation::Write(meta_write(io, offset, &bytes)),

@@ -18,7 +18,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use rustix::fs::SeekFrom;
 
-use crate::replica::{DiskDone, DiskOpId, DiskResult, EXTENTS_MAX, Stretch};
+use crate::replica::{DiskDone, DiskOpId, DiskResult, Stretch};
 use crate::types::BlockRange;
 
 /// File systems whose word is taken: ext4 (and its forebears), XFS, btrfs, tmpfs.
@@ -29,6 +29,7 @@ const TRUSTED: [libc::__fsword_t; 4] =
 struct Job {
     id: DiskOpId,
     blocks: BlockRange,
+    max: usize,
 }
 
 /// Has the volume's thread look for answers.
@@ -50,12 +51,12 @@ impl Searcher {
         Self { file, block, waker, jobs: None, answers: channel() }
     }
 
-    /// Begins a search; its end comes out of [`Self::poll`].
-    pub(super) fn start(&mut self, id: DiskOpId, blocks: BlockRange) {
+    /// Begins a search for at most `max` stretches; its end comes out of [`Self::poll`].
+    pub(super) fn start(&mut self, id: DiskOpId, blocks: BlockRange, max: usize) {
         if self.jobs.is_none() {
             self.jobs = self.make_thread();
         }
-        let job = Job { id, blocks };
+        let job = Job { id, blocks, max };
         let refused = match &self.jobs {
             Some(jobs) => jobs.send(job).err().map(|error| error.0),
             None => Some(job),
@@ -81,8 +82,9 @@ impl Searcher {
             move || {
                 let trusted = is_trusted(&file);
                 // Ends when the volume drops its side of either queue.
-                while let Ok(Job { id, blocks }) = queue.recv() {
-                    let found = stretches(&file, block, blocks, trusted);
+                while let Ok(Job { id, blocks, max }) = queue.recv() {
+                    let found = if trusted { stretches(&file, block, blocks, max) } else { None };
+                    let found = found.unwrap_or_else(|| all_data(blocks));
                     if answers.send(DiskDone { id, result: Ok(DiskResult::Extents(found)) }).is_err() {
                         return;
                     }
@@ -111,14 +113,13 @@ fn all_data(blocks: BlockRange) -> Vec<Stretch> {
     vec![Stretch { count: blocks.count, hole: false }]
 }
 
-/// The blocks in stretches, from the first one on; as many as one answer may have.
-fn stretches(file: &OwnedFd, block: u64, blocks: BlockRange, trusted: bool) -> Vec<Stretch> {
-    let size = rustix::fs::fstat(file).ok().and_then(|stat| u64::try_from(stat.st_size).ok());
-    let Some(size) = size.filter(|_| trusted) else { return all_data(blocks) };
+/// The blocks in at most `max` stretches, from the first one on. `None`: it cannot be told.
+fn stretches(file: &OwnedFd, block: u64, blocks: BlockRange, max: usize) -> Option<Vec<Stretch>> {
+    let size = u64::try_from(rustix::fs::fstat(file).ok()?.st_size).ok()?;
     let mut holes = Holes { seek: |to| seek(file, to), size, block, at: blocks.start.0 * block };
     let end = blocks.end() * block;
     let mut found: Vec<Stretch> = Vec::new();
-    while holes.at < end && found.len() < EXTENTS_MAX {
+    while holes.at < end && found.len() < max {
         let begin = holes.at;
         let hole = holes.go_on(end);
         let count = (holes.at - begin) / block;
@@ -127,7 +128,7 @@ fn stretches(file: &OwnedFd, block: u64, blocks: BlockRange, trusted: bool) -> V
             _ => found.push(Stretch { count, hole }),
         }
     }
-    found
+    Some(found)
 }
 
 /// What lies at or after a place, if the file system says so; [`None`] if there is nothing up to its end.
@@ -224,7 +225,5 @@ mod tests {
     fn a_file_system_that_is_not_known_is_not_asked() {
         let proc = OwnedFd::from(std::fs::File::open("/proc/self/status").unwrap());
         assert!(!is_trusted(&proc));
-        let blocks = BlockRange::between(3, 9);
-        assert_eq!(stretches(&proc, 4096, blocks, false), [Stretch { count: 6, hole: false }]);
     }
 }

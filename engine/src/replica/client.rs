@@ -172,7 +172,7 @@ impl Replica {
             primary.flush_queue.push(id);
             return;
         }
-        if matches!(op.request.op, ClientOp::Extents) {
+        if matches!(op.request.op, ClientOp::Extents { .. }) {
             self.begin_extents(id);
             return;
         }
@@ -202,7 +202,9 @@ impl Replica {
             (Stage::Repair, _) => self.ask_for_repair(id),
             (_, ClientOp::Read) => self.begin_read(id),
             (_, ClientOp::Write(_) | ClientOp::Zero) => self.begin_write(id),
-            (_, op @ (ClientOp::Flush | ClientOp::Extents)) => unreachable!("{op:?} takes no range lock"),
+            (_, op @ (ClientOp::Flush | ClientOp::Extents { .. })) => {
+                unreachable!("{op:?} takes no range lock")
+            }
         }
     }
 

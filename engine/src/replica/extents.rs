@@ -29,15 +29,19 @@ impl Replica {
         let most = EXTENTS_BYTES_MAX / u64::from(self.geometry.block_size());
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.get_mut(&id).expect("a started request exists");
+        let ClientOp::Extents { max } = &mut op.request.op else { panic!("a request for extents is one") };
+        *max = (*max).clamp(1, EXTENTS_MAX);
+        let max = *max;
         op.stage = Stage::Read;
         op.blocks.count = op.blocks.count.min(most);
         let blocks = op.blocks;
-        self.put_disk(DiskOp::Extents { blocks }, Purpose::Extents(id), None);
+        self.put_disk(DiskOp::Extents { blocks, max }, Purpose::Extents(id), None);
     }
 
     pub(super) fn extents_done(&mut self, id: OpId, result: Result<DiskResult, DiskErrorKind>) {
         let Some(primary) = &self.primary else { return };
         let Some(op) = primary.ops.get(&id) else { return };
+        let ClientOp::Extents { max } = op.request.op else { panic!("a request for extents is one") };
         let blocks = op.blocks;
         let found = match result {
             Ok(DiskResult::Extents(found)) => found,
@@ -50,7 +54,7 @@ impl Replica {
             .filter(|slot| missing.contains(*slot))
             .filter_map(|slot| self.store.dirty(slot))
             .collect();
-        let states = States { blocks, found: &found, busy: &busy(primary, blocks), lacking: &lacking };
+        let states = States { blocks, found: &found, busy: &busy(primary, blocks), lacking: &lacking, max };
         let (offset, len) = (op.request.offset, op.request.len);
         let extents = cut(states.extents(), u64::from(self.geometry.block_size()), offset, len);
         self.finish(id, Ok(ReplyData::Extents(extents)));
@@ -83,6 +87,8 @@ struct States<'a> {
     busy: &'a [BlockRange],
     /// What each missing replica lacks.
     lacking: &'a [&'a PagedBitmap],
+    /// Most pieces.
+    max: usize,
 }
 
 impl States<'_> {
@@ -103,7 +109,7 @@ impl States<'_> {
             let lacking = self.lacking_at(at);
             let end = stretch_end.min(written.until).min(lacking.until).min(self.blocks.end());
             let piece = Piece { count: end - at, hole: hole && !written.yes, dirty: lacking.yes };
-            let full = out.len() == EXTENTS_MAX;
+            let full = out.len() == self.max;
             match out.last_mut() {
                 Some(last) if (last.hole, last.dirty) == (piece.hole, piece.dirty) => {
                     last.count += piece.count;
@@ -190,7 +196,8 @@ mod tests {
             busy.sort_unstable_by_key(|b| b.start);
             let bitmaps: Vec<_> = sets.iter().map(|set| bitmap(set)).collect();
             let lacking: Vec<_> = bitmaps.iter().collect();
-            let pieces = States { blocks, found: &found, busy: &busy, lacking: &lacking }.extents();
+            let pieces = States { blocks, found: &found, busy: &busy, lacking: &lacking, max: EXTENTS_MAX };
+            let pieces = pieces.extents();
             prop_assert_eq!(pieces.iter().map(|p| p.count).sum::<u64>(), count);
             prop_assert!(pieces.windows(2).all(|w| (w[0].hole, w[0].dirty) != (w[1].hole, w[1].dirty)));
             let said = pieces.iter().flat_map(|p| (0..p.count).map(|_| (p.hole, p.dirty)));
@@ -241,8 +248,11 @@ mod tests {
     fn an_answer_has_a_bounded_number_of_extents_and_covers_something() {
         let found: Vec<_> = (0..1000).map(|n| Stretch { count: 1, hole: n % 2 == 0 }).collect();
         let blocks = BlockRange::between(0, 1000);
-        let pieces = States { blocks, found: &found, busy: &[], lacking: &[] }.extents();
-        assert_eq!(pieces.len(), EXTENTS_MAX);
-        assert_eq!(pieces.iter().map(|p| p.count).sum::<u64>(), EXTENTS_MAX as u64);
+        for max in [1, 7, EXTENTS_MAX] {
+            let pieces = States { blocks, found: &found, busy: &[], lacking: &[], max };
+            let pieces = pieces.extents();
+            assert_eq!(pieces.len(), max);
+            assert_eq!(pieces.iter().map(|p| p.count).sum::<u64>(), max as u64);
+        }
     }
 }

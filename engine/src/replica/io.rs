@@ -43,7 +43,10 @@ pub enum ClientOp {
     /// Write zeroes (trim and write-zeroes are the same here: both read back as zeroes).
     Zero,
     /// Say which parts are holes, and which a missing replica lacks.
-    Extents,
+    Extents {
+        /// Most extents that are wanted, at least 1. No more than [`EXTENTS_MAX`](super::EXTENTS_MAX) are given.
+        max: usize,
+    },
 }
 
 /// One request. The driver has checked that the range lies within the volume it announced.
@@ -181,6 +184,8 @@ pub enum DiskOp {
     Extents {
         /// Where.
         blocks: BlockRange,
+        /// Most stretches that are wanted, at least 1. The answer may end before the range does.
+        max: usize,
     },
     /// Flush the data object.
     Flush,

@@ -258,7 +258,7 @@ impl World {
             (OpKind::Write, Some(tags)) => ClientOp::Write(n.new_buf(Tags::new(tags))),
             (OpKind::Zero, _) => ClientOp::Zero,
             (OpKind::Flush, _) => ClientOp::Flush,
-            _ if asks_for_extents(op) => ClientOp::Extents,
+            _ if asks_for_extents(op) => ClientOp::Extents { max: 1 + op % 3 },
             _ => ClientOp::Read,
         };
         let request = ClientRequest {

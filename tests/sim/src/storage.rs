@@ -107,7 +107,7 @@ impl World {
             DiskOp::Write { blocks, durable, .. } | DiskOp::Zero { blocks, durable } => {
                 self.write_data(id, *blocks, pending.tags.as_ref().map(|t| t.as_slice()), *durable)
             }
-            DiskOp::Extents { blocks } => {
+            DiskOp::Extents { blocks, .. } => {
                 let disk = &self.node(id).disk;
                 let tags = disk.read(*blocks);
                 let zero = tags.chunks(at(SECTORS)).map(|block| block.iter().all(|t| *t == 0));

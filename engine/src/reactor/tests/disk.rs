@@ -6,7 +6,7 @@ use super::*;
 use crate::reactor::disk::Disk;
 use crate::reactor::open::OpenFile;
 use crate::reactor::ring::{Hold, Io, Token};
-use crate::replica::DiskErrorKind;
+use crate::replica::{DiskErrorKind, EXTENTS_MAX};
 use crate::wire::Payload;
 
 struct Bench {
@@ -211,7 +211,11 @@ fn a_data_file_that_is_truncated_in_use_is_an_error_and_not_zeroes() {
         let blocks = BlockRange::between(0, 8);
         assert_eq!(bench.run(DiskOp::Read { blocks, digest: Digest::None }), Err(DiskErrorKind::Io));
         let data = vec![Stretch { count: 8, hole: false }];
-        assert_eq!(bench.run(DiskOp::Extents { blocks }), Ok(DiskResult::Extents(data)), "nor is it a hole");
+        assert_eq!(
+            bench.run(DiskOp::Extents { blocks, max: EXTENTS_MAX }),
+            Ok(DiskResult::Extents(data)),
+            "nor is it a hole"
+        );
         assert_eq!(bench.io.buffers.in_use(), 0);
     }
 }
@@ -303,7 +307,12 @@ fn o_direct_is_given_up_when_a_request_is_refused_for_it() {
 fn a_full_disk_is_told_from_a_broken_one() {
     let dir = tempfile::tempdir().unwrap();
     let mut bench = Bench::new(files(&dir, 1 << 20, true));
-    for (error, kind) in [(libc::ENOSPC, DiskErrorKind::NoSpace), (libc::EIO, DiskErrorKind::Io)] {
+    let errors = [
+        (libc::ENOSPC, DiskErrorKind::NoSpace),
+        (libc::EFBIG, DiskErrorKind::NoSpace),
+        (libc::EIO, DiskErrorKind::Io),
+    ];
+    for (error, kind) in errors {
         let buf = bench.buffer(&pattern(4096, 2));
         bench.inject = Some(-error);
         let blocks = BlockRange::between(0, 1);
@@ -321,7 +330,10 @@ fn holes_are_found_between_what_was_written() {
     let all = BlockRange::between(0, 2048);
     let stretch = |count, hole| Stretch { count, hole };
     let found = |found| Ok(DiskResult::Extents(found));
-    assert_eq!(bench.run(DiskOp::Extents { blocks: all }), found(vec![stretch(2048, true)]));
+    assert_eq!(
+        bench.run(DiskOp::Extents { blocks: all, max: EXTENTS_MAX }),
+        found(vec![stretch(2048, true)])
+    );
     bench.write(16, &pattern(64 << 10, 1), false);
     bench.write(1024, &pattern(64 << 10, 2), false);
     let holes = vec![
@@ -331,16 +343,18 @@ fn holes_are_found_between_what_was_written() {
         stretch(16, false),
         stretch(1008, true),
     ];
-    assert_eq!(bench.run(DiskOp::Extents { blocks: all }), found(holes));
+    assert_eq!(bench.run(DiskOp::Extents { blocks: all, max: EXTENTS_MAX }), found(holes));
     let part = BlockRange::between(20, 40);
     assert_eq!(
-        bench.run(DiskOp::Extents { blocks: part }),
+        bench.run(DiskOp::Extents { blocks: part, max: EXTENTS_MAX }),
         found(vec![stretch(12, false), stretch(8, true)])
     );
     assert_eq!(bench.run(DiskOp::Zero { blocks: part, durable: false }), Ok(DiskResult::Done));
     let whole = BlockRange::between(0, 1024);
     let left = vec![stretch(16, true), stretch(4, false), stretch(1004, true)];
-    assert_eq!(bench.run(DiskOp::Extents { blocks: whole }), found(left));
+    assert_eq!(bench.run(DiskOp::Extents { blocks: whole, max: EXTENTS_MAX }), found(left));
+    let few = DiskOp::Extents { blocks: whole, max: 2 };
+    assert_eq!(bench.run(few), found(vec![stretch(16, true), stretch(4, false)]));
 }
 
 #[test]
@@ -351,10 +365,10 @@ fn a_search_for_holes_ends_after_a_bounded_number() {
         bench.write(n * 8 + 4, &pattern(4096, 3), false);
     }
     let all = BlockRange::between(0, 2048);
-    let Ok(DiskResult::Extents(found)) = bench.run(DiskOp::Extents { blocks: all }) else {
+    let Ok(DiskResult::Extents(found)) = bench.run(DiskOp::Extents { blocks: all, max: EXTENTS_MAX }) else {
         panic!("extents")
     };
-    assert_eq!(found.len(), crate::replica::EXTENTS_MAX);
+    assert_eq!(found.len(), EXTENTS_MAX);
     assert!(found.iter().enumerate().all(|(n, s)| s.hole == (n % 2 == 0)));
     assert!(found.iter().skip(1).step_by(2).all(|s| s.count == 1));
 }

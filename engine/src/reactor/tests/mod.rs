@@ -104,9 +104,9 @@ impl TestCore {
                 self.disk(DiskOp::Read { blocks, digest: Digest::None }, Doing::Client(request));
             }
             ClientOp::Flush => self.disk(DiskOp::Flush, Doing::Client(request)),
-            ClientOp::Extents => {
+            ClientOp::Extents { max } => {
                 let blocks = self.blocks(&request);
-                self.disk(DiskOp::Extents { blocks }, Doing::Client(request));
+                self.disk(DiskOp::Extents { blocks, max }, Doing::Client(request));
             }
             ClientOp::Zero => {
                 let blocks = self.blocks(&request);
@@ -138,7 +138,7 @@ impl TestCore {
                 self.reply(&request, Ok(ReplyData::Read { buf, skip, len, zero }));
                 self.outputs.push_back(Output::Release(buf));
             }
-            (ClientOp::Extents, Ok(DiskResult::Extents(found))) => {
+            (ClientOp::Extents { .. }, Ok(DiskResult::Extents(found))) => {
                 let extent = |s: Stretch| Extent { len: s.count * 4096, hole: s.hole, dirty: false };
                 self.reply(&request, Ok(ReplyData::Extents(found.into_iter().map(extent).collect())));
             }

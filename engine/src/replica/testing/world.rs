@@ -570,7 +570,7 @@ impl World {
     /// Asks for the block status of the whole volume.
     pub(in super::super) fn extents(&mut self, id: NodeId) {
         let len = self.config.geometry.size();
-        self.ask(id, ClientOp::Extents, (0, len), false, Asked::Extents { first: 0 });
+        self.ask(id, ClientOp::Extents { max: usize::MAX }, (0, len), false, Asked::Extents { first: 0 });
     }
 
     /// Holes are said to read as zeroes: that must be what a read may see.
@@ -732,7 +732,7 @@ impl World {
                 self.land(id, op);
                 Ok(DiskResult::Done)
             }
-            DiskOp::Extents { blocks } => Ok(DiskResult::Extents(n.disk.stretches(*blocks))),
+            DiskOp::Extents { blocks, .. } => Ok(DiskResult::Extents(n.disk.stretches(*blocks))),
             DiskOp::Flush => {
                 if n.disk.flush_error {
                     return Err(DiskErrorKind::Io);
