@@ -13,7 +13,7 @@ pub mod spec;
 mod wire;
 
 pub use load::{Load, Outcome};
-pub use options::{Export, OptionReply, Talk, export_data, meta_data};
+pub use options::{Export, OptionReply, Talk, export_data, meta_data, option_bytes};
 pub use random_options::negotiate;
 pub use session::{Form, Reply, Request, Session};
 pub use wire::{Address, Wire};

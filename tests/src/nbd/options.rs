@@ -193,7 +193,11 @@ fn export_of(said: &[OptionReply]) -> Result<Export> {
 }
 
 /// An option as it goes over the wire.
-pub(super) fn option_bytes(option: u32, data: &[u8]) -> Vec<u8> {
+///
+/// # Panics
+/// If its data is longer than 32 bits can say.
+#[must_use]
+pub fn option_bytes(option: u32, data: &[u8]) -> Vec<u8> {
     let len = u32::try_from(data.len()).expect("data of a test fits 32 bits");
     [&IHAVEOPT.to_be_bytes()[..], &option.to_be_bytes(), &len.to_be_bytes(), data].concat()
 }
