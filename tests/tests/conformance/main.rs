@@ -21,11 +21,13 @@ use blkrepl_tests::wait::wait_for;
 use blkrepl_tests::{Cluster, ClusterOptions, with_cluster};
 
 const MIB: u64 = 1 << 20;
-const SIZE: u64 = 256 * MIB;
 /// Where cases write. What is behind it is only there to be resynced.
 const AREA: u64 = 64 * MIB;
+/// What the first resync brings over; each further one so much more.
+const DIRTY: u64 = 192 * MIB;
 /// Resyncs that may end before the cases do, until the test gives up.
 const RESYNCS: u64 = 4;
+const SIZE: u64 = AREA + RESYNCS * DIRTY;
 
 /// What a case is asked to look at.
 struct Target<'a> {
@@ -106,20 +108,21 @@ fn run_all(cluster: &Cluster, state: &str, primary: &str) -> Result<usize> {
     Ok(asked)
 }
 
-/// Whether a resync of `node` is under way.
-fn resyncs(cluster: &Cluster, node: &str) -> Result<bool> {
+/// Bytes that a resync of `node` has still to look at; none if none is under way.
+fn resyncs(cluster: &Cluster, node: &str) -> Result<Option<u64>> {
     let status = cluster.volume_status()?;
     let replica = status.replica(node)?;
-    Ok(replica.state == "resyncing" && replica.resync.is_some())
+    let under_way = replica.state == "resyncing" && replica.resync.is_some();
+    Ok(if under_way { replica.dirty_bytes } else { None })
 }
 
 /// Writes what will have to be resynced.
-fn make_dirty(address: &str, seed: u64) -> Result<()> {
+fn make_dirty(address: &str, round: u64) -> Result<()> {
     let mut link = Link::connect(address, FAILOVER_LIMIT)?;
-    let mut random = Random::new(seed);
+    let mut random = Random::new(round);
     let mut piece: Vec<u8> = (0..MIB / 8).flat_map(|_| random.next().to_le_bytes()).collect();
-    for at in AREA / MIB..SIZE / MIB {
-        piece[..8].copy_from_slice(&(at ^ seed).to_le_bytes());
+    for at in AREA / MIB..(AREA + round * DIRTY) / MIB {
+        piece[..8].copy_from_slice(&(at ^ round << 32).to_le_bytes());
         link.write(at * MIB, &piece)?;
     }
     link.flush()
@@ -138,14 +141,12 @@ fn run_during_resync(cluster: &mut Cluster, primary: &str, away: &str) -> Result
     for round in 1..=RESYNCS {
         make_dirty(&address, round)?;
         cluster.restart(away)?;
-        wait_for("the resync to begin", SYNC_LIMIT, || {
-            ensure!(resyncs(cluster, away)?, "no resync yet");
-            Ok(())
-        })?;
+        wait_for("the resync to begin", SYNC_LIMIT, || resyncs(cluster, away)?.context("no resync yet"))?;
         let started = Instant::now();
         let asked = run_all(cluster, "resyncing", primary)?;
-        if resyncs(cluster, away)? {
+        if let Some(left) = resyncs(cluster, away)? {
             report("resyncing", asked, started);
+            measured("conformance", &format!("resync {round}: {} MiB were left after the cases", left / MIB));
             return Ok(());
         }
         cluster.kill(away)?;
