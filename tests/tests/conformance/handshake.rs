@@ -4,7 +4,9 @@
 
 use anyhow::{Context, Result, ensure};
 use blkrepl_tests::nbd::spec::*;
-use blkrepl_tests::nbd::{Form, OptionReply, Request, Talk, Wire, export_data, meta_data, option_bytes};
+use blkrepl_tests::nbd::{
+    Address, Form, OptionReply, Request, Talk, Wire, export_data, meta_data, option_bytes,
+};
 
 use super::{SIZE, Target, cases};
 
@@ -78,6 +80,20 @@ fn goes_on(talk: Talk, target: &Target<'_>) -> Result<()> {
 fn closes_on(talk: &mut Talk, bytes: &[u8]) -> Result<()> {
     talk.wire.send(&[bytes, &option_bytes(NBD_OPT_LIST, &[])].concat())?;
     talk.wire.expect_end()
+}
+
+/// That a node which is not primary refuses the export by policy, with a text, and is a server all the same.
+pub(super) fn refuses_by_policy(address: &Address, export: &str) -> Result<()> {
+    let mut talk = Talk::agreed(address, Form::Structured)?;
+    for option in [NBD_OPT_INFO, NBD_OPT_GO] {
+        let said = talk.ask(option, &export_data(export, &[NBD_INFO_NAME]))?;
+        let [refusal] = &said[..] else { anyhow::bail!("{said:?}") };
+        ensure!(refusal.kind == NBD_REP_ERR_POLICY && !refusal.data.is_empty(), "{refusal:?}");
+    }
+    talk.refused(NBD_OPT_SET_META_CONTEXT, &meta_data(export, &[ALLOCATION]), NBD_REP_ERR_POLICY)?;
+    talk.refused(NBD_OPT_INFO, &export_data("none-of-that-name", &[]), NBD_REP_ERR_UNKNOWN)?;
+    ensure!(talk.acked(NBD_OPT_LIST, &[])?.len() == 1, "the list is that of the cluster");
+    closes_on(&mut talk, &option_bytes(NBD_OPT_EXPORT_NAME, export.as_bytes()))
 }
 
 /// One piece of information among replies.

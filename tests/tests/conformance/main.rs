@@ -24,9 +24,9 @@ const MIB: u64 = 1 << 20;
 /// Where cases write. What is behind it is only there to be resynced.
 const AREA: u64 = 64 * MIB;
 /// What the first resync brings over; each further one so much more.
-const DIRTY: u64 = 192 * MIB;
+const DIRTY: u64 = 384 * MIB;
 /// Resyncs that may end before the cases do, until the test gives up.
-const RESYNCS: u64 = 4;
+const RESYNCS: u64 = 3;
 const SIZE: u64 = AREA + RESYNCS * DIRTY;
 
 /// What a case is asked to look at.
@@ -163,6 +163,11 @@ fn every_rule_holds_on_a_healthy_a_degraded_and_a_resyncing_volume() {
         report("healthy", asked, started);
 
         let away = cluster.secondary()?;
+        let entry = cluster.node(&away)?;
+        for uri in [entry.unix()?, entry.tcp()?] {
+            let (address, export) = Address::parse(uri)?;
+            handshake::refuses_by_policy(&address, &export).with_context(|| format!("{away}, no primary"))?;
+        }
         cluster.kill(&away)?;
         wait_for("the volume to be degraded", FAILOVER_LIMIT, || {
             let status = cluster.volume_status()?;
