@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, ensure};
 
@@ -87,14 +88,23 @@ impl Load {
     /// # Errors
     /// At the first answer that is not the right one.
     pub fn run(&self, requests: u64) -> Result<Outcome> {
+        self.run_until(requests, &AtomicBool::new(true))
+    }
+
+    /// The same, and goes on until `stop` is set.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_until(&self, requests: u64, stop: &AtomicBool) -> Result<Outcome> {
         let mut random = Random::new(self.seed);
         let pool = (0..8 << 10).flat_map(|_| random.next().to_le_bytes()).collect();
         let len = usize::try_from(self.area.end - self.area.start)?;
         let (model, flights) = (Model::new(len), HashMap::new());
         let mut run =
             Run { load: self, random, pool, model, flights, cookie: 0, outcome: Outcome::default() };
-        while run.outcome.answered < requests {
-            let round = (1 + run.random.below(ROUND)).min(requests - run.outcome.answered);
+        while run.outcome.answered < requests || !stop.load(Ordering::Relaxed) {
+            let left = requests.checked_sub(run.outcome.answered).filter(|left| *left > 0);
+            let round = (1 + run.random.below(ROUND)).min(left.unwrap_or(ROUND / 10));
             run.round(round)
                 .with_context(|| format!("seed {}, {:?}, {}", self.seed, self.form, run.cookie))?;
         }
