@@ -8,6 +8,7 @@
 //! context    metadata contexts: their names, and what is said of an extent
 //! negotiate  sans-IO: fixed newstyle negotiation
 //! session    sans-IO: request headers and replies (a ClientProtocol) -> runs on the reactor
+//! keepalive  how a client's machine that is gone is noticed
 //! client     a blocking and pipelined client for tests, demo and benches
 //! bench      the load generator behind `blkrepl bench`
 //! proto, uri, export   the protocol's constants, addresses, plain data and the Exports trait
@@ -21,6 +22,7 @@ pub mod bench;
 pub mod client;
 pub mod context;
 pub mod export;
+pub mod keepalive;
 pub mod negotiate;
 pub mod proto;
 pub mod server;

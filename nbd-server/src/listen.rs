@@ -16,6 +16,7 @@ use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 use crate::export::Peer;
+use crate::keepalive;
 
 /// Longest path of a unix socket in bytes, by the size of the kernel's `sun_path` less its final NUL.
 const UNIX_PATH_MAX: usize = 107;
@@ -148,6 +149,9 @@ impl Listener {
                 // Without it small replies wait for the client's delayed acknowledgement. It fails only if the
                 // connection is gone already, which shows soon enough.
                 let _ = stream.set_nodelay(true);
+                if let Err(error) = keepalive::watch(&stream) {
+                    tracing::debug!(%peer, %error, "an NBD client's socket cannot be watched");
+                }
                 Ok((Accepted::Tcp(stream), peer.to_string()))
             }
             Self::Unix(listener, file) => {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use blkrepl_nbd::proto::*;
 use blkrepl_nbd::{
     Admitting, Attached, ClientOptions, ExportInfo, ExportRefusal, Exports, NbdClient, NbdError, NbdUri,
-    Peer, RefusalKind, Request, ServerOptions, admit_with, list_exports,
+    Peer, RefusalKind, Request, ServerOptions, admit_with, keepalive, list_exports,
 };
 use common::{Manner, Memory, TestServer, Volume, pattern, quick};
 use proptest::prelude::*;
@@ -357,8 +357,8 @@ fn nothing_that_follows_the_negotiation_is_swallowed() {
     assert_eq!(volume.data.lock().unwrap()[9..14], *b"\0abc\0");
 }
 
-#[test]
-fn an_attached_tcp_connection_has_no_delay() {
+/// A connection over TCP as it is handed over, and its client.
+fn attached_over_tcp() -> (Attached, NbdClient) {
     struct Keep(std::sync::mpsc::Sender<Attached>);
     impl Exports for Keep {
         fn list(&self) -> Vec<String> {
@@ -374,9 +374,27 @@ fn an_attached_tcp_connection_has_no_delay() {
     }
     let (sender, attached) = std::sync::mpsc::channel();
     let server = TestServer::start(Arc::new(Keep(sender)));
-    let _client = NbdClient::connect(&server.tcp("vol0"), quick()).unwrap();
-    let attached = attached.recv_timeout(Duration::from_secs(20)).unwrap();
+    let client = NbdClient::connect(&server.tcp("vol0"), quick()).unwrap();
+    (attached.recv_timeout(Duration::from_secs(20)).unwrap(), client)
+}
+
+#[test]
+fn an_attached_tcp_connection_has_no_delay() {
+    let (attached, _client) = attached_over_tcp();
     assert!(rustix::net::sockopt::tcp_nodelay(&attached.fd).unwrap());
+}
+
+#[test]
+fn an_attached_tcp_connection_notices_a_client_that_is_gone() {
+    use rustix::net::sockopt;
+    let (attached, _client) = attached_over_tcp();
+    let socket = &attached.fd;
+    assert!(sockopt::socket_keepalive(socket).unwrap());
+    assert_eq!(sockopt::tcp_keepidle(socket).unwrap(), keepalive::PROBE_IDLE);
+    assert_eq!(sockopt::tcp_keepintvl(socket).unwrap(), keepalive::PROBE_INTERVAL);
+    assert_eq!(sockopt::tcp_keepcnt(socket).unwrap(), keepalive::PROBES);
+    let limit = Duration::from_millis(sockopt::tcp_user_timeout(socket).unwrap().into());
+    assert_eq!(limit, keepalive::GONE_AFTER);
 }
 
 #[test]
