@@ -6,7 +6,7 @@
 //! completion that never comes keeps its buffer for ever, whatever else closes or is released.
 //!
 //! Client traffic is bounded: [`Buffers::reserve`] refuses beyond [`BUFFER_BYTES_MAX`], and the caller
-//! then stops reading from clients (back-pressure, never loss). Operations of the replica itself
+//! then stops reading from clients (back-pressure, never loss). An [`Account`] says what each of them holds. Operations of the replica itself
 //! (resync, repair, metadata, peers) are bounded by the core and may always allocate.
 //!
 //! Part of the memory is one arena in pieces of [`PIECE_LEN`], each of which the ring registers when a disk
@@ -57,8 +57,21 @@ struct Slot {
     /// Bytes asked for; what lies behind them in `memory` is never touched.
     len: usize,
     references: u32,
-    /// Bytes of the client bound that end with this buffer.
+    /// Bytes of the client bound that end with this buffer, and to whom they count.
     charge: u64,
+    account: Account,
+}
+
+/// Who holds some of the client bytes: a connection, also after its end, until the last of them is given back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Account(u32);
+
+/// What an account holds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Held {
+    bytes: u64,
+    /// Its owner is gone: it is free as soon as nothing is held.
+    closed: bool,
 }
 
 /// All buffers of one volume.
@@ -72,6 +85,8 @@ pub(super) struct Buffers {
     spare: usize,
     spare_min: usize,
     client_bytes: u64,
+    accounts: Vec<Held>,
+    vacant_accounts: Vec<u32>,
     arena: Option<Arena>,
 }
 
@@ -153,6 +168,8 @@ impl Buffers {
             spare: 0,
             spare_min: 0,
             client_bytes: 0,
+            accounts: Vec::new(),
+            vacant_accounts: Vec::new(),
             arena,
         }
     }
@@ -181,7 +198,7 @@ impl Buffers {
             }
             None => self.fresh(class_len(class)),
         };
-        let slot = Slot { memory, len, references: 1, charge: 0 };
+        let slot = Slot { memory, len, references: 1, charge: 0, account: Account::default() };
         if let Some(index) = self.vacant.pop() {
             self.slots[index as usize] = Some(slot);
             return BufId(index);
@@ -256,7 +273,9 @@ impl Buffers {
         }
         let slot = self.slots[id.0 as usize].take().expect("was found in use just above");
         self.vacant.push(id.0);
-        self.unreserve(slot.charge);
+        if slot.charge > 0 {
+            self.unreserve(slot.account, slot.charge);
+        }
         self.give_back(slot.memory);
     }
 
@@ -315,27 +334,66 @@ impl Buffers {
         unsafe { std::ptr::copy_nonoverlapping(source.cast_const(), target, len) };
     }
 
+    /// A new account, which holds nothing.
+    pub(super) fn open_account(&mut self) -> Account {
+        if let Some(index) = self.vacant_accounts.pop() {
+            self.accounts[index as usize] = Held::default();
+            return Account(index);
+        }
+        self.accounts.push(Held::default());
+        Account(u32::try_from(self.accounts.len() - 1).expect("fewer than 2^32 connections at once"))
+    }
+
+    /// Nobody takes anything on this account any more. What it holds still counts until it is given back.
+    pub(super) fn close_account(&mut self, account: Account) {
+        let held = &mut self.accounts[account.0 as usize];
+        held.closed = true;
+        if held.bytes == 0 {
+            self.vacant_accounts.push(account.0);
+        }
+    }
+
+    /// Client bytes that an account holds.
+    pub(super) fn held(&self, account: Account) -> u64 {
+        self.accounts[account.0 as usize].bytes
+    }
+
     /// Takes `bytes` of the client bound; false if that would exceed it (nothing is taken then).
-    pub(super) fn reserve(&mut self, bytes: u64) -> bool {
-        if self.client_bytes + bytes > BUFFER_BYTES_MAX {
+    pub(super) fn reserve(&mut self, account: Account, bytes: u64) -> bool {
+        if bytes > self.client_bytes_free() {
             return false;
         }
         self.client_bytes += bytes;
+        self.accounts[account.0 as usize].bytes += bytes;
         true
     }
 
     /// Gives `bytes` of the client bound back.
-    pub(super) fn unreserve(&mut self, bytes: u64) {
-        self.client_bytes =
-            self.client_bytes.checked_sub(bytes).expect("only what was reserved is given back");
+    pub(super) fn unreserve(&mut self, account: Account, bytes: u64) {
+        let less = |held: u64| held.checked_sub(bytes).expect("only what was reserved is given back");
+        self.client_bytes = less(self.client_bytes);
+        let held = &mut self.accounts[account.0 as usize];
+        held.bytes = less(held.bytes);
+        if held.closed && held.bytes == 0 && bytes > 0 {
+            self.vacant_accounts.push(account.0);
+        }
     }
 
-    /// Ties reserved bytes to a buffer: they are given back with it.
-    pub(super) fn charge(&mut self, id: BufId, bytes: u64) {
-        self.slot_mut(id).charge += bytes;
+    /// Ties reserved bytes to a buffer: they are given back with it. A buffer is charged to one account.
+    pub(super) fn charge(&mut self, id: BufId, account: Account, bytes: u64) {
+        let slot = self.slot_mut(id);
+        assert!(slot.charge == 0 || slot.account == account, "{id:?} is charged to two accounts");
+        slot.charge += bytes;
+        slot.account = account;
+    }
+
+    /// Bytes of the client bound that nobody has.
+    pub(super) fn client_bytes_free(&self) -> u64 {
+        BUFFER_BYTES_MAX - self.client_bytes
     }
 
     /// Bytes of the client bound in use.
+    #[cfg(test)]
     pub(super) fn client_bytes(&self) -> u64 {
         self.client_bytes
     }
@@ -392,13 +450,29 @@ mod tests {
     #[test]
     fn the_client_bound_is_kept_and_given_back_with_the_buffer() {
         let mut buffers = Buffers::new(0);
-        assert!(buffers.reserve(BUFFER_BYTES_MAX));
-        assert!(!buffers.reserve(1));
+        let (one, other) = (buffers.open_account(), buffers.open_account());
+        assert!(buffers.reserve(one, BUFFER_BYTES_MAX));
+        assert!(!buffers.reserve(other, 1));
         let a = buffers.alloc(4096);
-        buffers.charge(a, BUFFER_BYTES_MAX);
+        buffers.charge(a, one, BUFFER_BYTES_MAX);
         buffers.release(a);
         assert_eq!(buffers.client_bytes(), 0);
-        assert!(buffers.reserve(1));
+        assert!(buffers.reserve(other, 1));
+        assert_eq!((buffers.held(one), buffers.held(other)), (0, 1));
+    }
+
+    #[test]
+    fn an_account_is_used_again_only_when_it_holds_nothing() {
+        let mut buffers = Buffers::new(0);
+        let one = buffers.open_account();
+        assert!(buffers.reserve(one, 10));
+        buffers.close_account(one);
+        let two = buffers.open_account();
+        assert_ne!(one, two, "something of it is still held");
+        buffers.unreserve(one, 10);
+        assert_eq!((buffers.open_account(), buffers.held(one)), (one, 0));
+        buffers.close_account(two);
+        assert_eq!(buffers.open_account(), two);
     }
 
     #[test]

@@ -30,6 +30,29 @@ pub trait ClientProtocol: Send {
 
     /// Appends the reply to one request to `out`: all of it, or what goes before the data of a read.
     fn reply(&mut self, request: &FrontRequest, answer: Answer<'_>, out: &mut Vec<u8>);
+
+    /// The connection is closed. The last call; the protocol is dropped right after, when nothing of the
+    /// connection is left but what the kernel may still have of its memory.
+    fn closed(&mut self, _end: End) {}
+}
+
+/// Why a connection is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The client closed it, said goodbye, or is gone.
+    Client,
+    /// The client broke the protocol, as [`ClientProtocol::parse`] found.
+    Violation,
+    /// It could not be read for too long [R24].
+    Unread,
+    /// The client takes no answers, or does not send what it announced.
+    Stalled,
+    /// The client asked nothing for too long.
+    Idle,
+    /// The volume has as many connections as it takes.
+    Full,
+    /// The volume stops, or is served elsewhere.
+    Server,
 }
 
 /// What a request is answered.

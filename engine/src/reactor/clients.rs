@@ -2,13 +2,14 @@
 //!
 //! A connection is read one receive at a time; headers are parsed in place, a write's payload lands at
 //! its offset within whole blocks of an aligned buffer, answers gather and leave with one `sendmsg` per
-//! turn. Reading stops (back-pressure, never loss) while [`REQUESTS_MAX`] requests of the connection are
-//! unanswered or the volume's bound on client bytes is reached.
+//! turn. Reading stops (back-pressure, never loss) while the connection's window of requests is unanswered, or
+//! the volume's bound on client bytes or the connection's share of them ([`fair`]) is reached.
 //!
 //! Rules kept here: a client that has shut down is gone at once, and what it sent and nobody read is
 //! dropped; a connection that stays unread too long is closed [R24]; nothing of a closed connection is
 //! delivered afterwards [R23]; a client that takes no answers, or does not send the payload that it
-//! announced, keeps its share of the client bytes only as long as nobody else waits for them.
+//! announced, keeps its share of the client bytes only as long as nobody else waits for them, and its connection
+//! for [`OWED_LIMITS`] unread times.
 //!
 //! Never does: deciding when or whether a request is answered (the core's), or speaking a protocol (a
 //! [`ClientProtocol`]'s).
@@ -26,14 +27,14 @@ use crate::rising_map::RisingMap;
 use crate::types::{ByteRange, Extent, Geometry, Nanos};
 use crate::wire::{BufId, Payload};
 
-use super::client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
+use super::buffers::Account;
+use super::client::{Answer, ClientFrame, ClientProtocol, End, FrontOp, FrontRequest};
+use super::fair;
 use super::handle::{ClientKey, NewClient};
 use super::outgoing::{Message, Outgoing};
 use super::ring::{Io, Span, Token};
 use super::staging::{STAGING_LEN, Staging};
 
-/// Most requests of one connection that are not answered (and the answer sent); then it is not read.
-pub(super) const REQUESTS_MAX: u32 = 256;
 /// Most client connections of one volume; further ones are closed at once.
 pub(super) const CONNECTIONS_MAX: usize = 1024;
 /// Longest read or write in bytes.
@@ -48,6 +49,9 @@ const STATUS_LEN_MAX: u64 = 12 << 10;
 /// A client that moves fewer bytes than this within a quarter of the longest unread time, while it owes a
 /// payload or answers wait for it, counts as stalled.
 const STALL_LEN: usize = 64 << 10;
+/// One that does so for this many times the longest unread time is closed, whether anybody waits or not, and so is
+/// one that does not send the rest of a header.
+const OWED_LIMITS: u32 = 3;
 /// Longest header of a client protocol.
 const HEADER_LEN_MAX: usize = 4096;
 
@@ -91,6 +95,8 @@ struct Connection {
     more: bool,
     outgoing: Outgoing,
     requests: RisingMap<Cookie, Request>,
+    /// Whose client bytes are its own.
+    account: Account,
     /// It is among those with something to send.
     listed: bool,
     /// Requests read whose answer is not yet sent whole.
@@ -98,11 +104,13 @@ struct Connection {
     next_cookie: u64,
     /// Since when it is not read.
     unread_since: Option<Nanos>,
-    /// Since when the client owes a payload or does not take its answers, and has moved less than
+    /// Since when the client owes the rest of a request or does not take its answers, and has moved less than
     /// [`STALL_LEN`].
     owes_since: Option<Nanos>,
     /// Bytes moved in either direction since then.
     moved: usize,
+    /// When it last sent something, or took an answer.
+    active_at: Nanos,
     /// Tells by being dropped that the connection is over.
     _guard: Box<dyn Send>,
 }
@@ -113,13 +121,18 @@ pub(super) enum Next {
     /// A request for the core.
     Request(ClientRequest),
     /// The connection is to be closed, for this reason.
-    Close(String),
+    Close(End, String),
 }
 
 /// All client connections of one volume.
 pub(super) struct Clients {
     geometry: Geometry,
     unread_max: Duration,
+    idle_max: Option<Duration>,
+    /// When idle connections are looked for next, if they are.
+    idle_check: Nanos,
+    /// Connections with requests that are not answered.
+    busy: usize,
     connections: BTreeMap<ConnId, Connection>,
     next_conn: u64,
     /// Connections that wait for client bytes, in the order in which they began to.
@@ -131,11 +144,14 @@ pub(super) struct Clients {
 }
 
 impl Clients {
-    /// None yet. `unread_max`: how long a connection may stay unread.
-    pub(super) fn new(geometry: Geometry, unread_max: Duration) -> Self {
+    /// None yet. `unread_max`: how long a connection may stay unread; `idle_max`: how long it may ask nothing.
+    pub(super) fn new(geometry: Geometry, unread_max: Duration, idle_max: Option<Duration>) -> Self {
         Self {
             geometry,
             unread_max,
+            idle_max,
+            idle_check: Nanos(0),
+            busy: 0,
             connections: BTreeMap::new(),
             next_conn: 1,
             waiting: VecDeque::new(),
@@ -164,9 +180,11 @@ impl Clients {
 
     /// Takes over a negotiated connection. `None` if there are too many.
     pub(super) fn add(&mut self, io: &mut Io, client: NewClient) -> Option<ConnId> {
-        let NewClient { key, socket, protocol, name, guard } = client;
+        let NewClient { key, socket, mut protocol, name, guard } = client;
         if self.connections.len() >= CONNECTIONS_MAX {
-            tracing::warn!(client = name, max = CONNECTIONS_MAX, "too many client connections: refused");
+            // The protocol tells of it, as of all that clients do wrong: not as often as they do it.
+            tracing::debug!(client = name, max = CONNECTIONS_MAX, "too many client connections: refused");
+            protocol.closed(End::Full);
             return None;
         }
         let conn = ConnId(self.next_conn);
@@ -185,12 +203,14 @@ impl Clients {
             more: true,
             outgoing: Outgoing::new(),
             requests: RisingMap::new(),
+            account: io.buffers.open_account(),
             listed: false,
             unanswered: 0,
             next_cookie: 1,
             unread_since: None,
             owes_since: None,
             moved: 0,
+            active_at: Nanos(0),
         };
         self.connections.insert(conn, connection);
         Some(conn)
@@ -212,9 +232,10 @@ impl Clients {
     }
 
     /// Closes a connection: what it sent is dropped, what it would be sent too. False if it is not open.
-    pub(super) fn close(&mut self, io: &mut Io, conn: ConnId, reason: &str) -> bool {
+    pub(super) fn close(&mut self, io: &mut Io, conn: ConnId, end: End, reason: &str) -> bool {
         let Some(mut connection) = self.connections.remove(&conn) else { return false };
         tracing::debug!(client = connection.name, reason, "client connection closed");
+        connection.protocol.closed(end);
         let buffers = &mut *io.buffers;
         connection.outgoing.abandon(buffers);
         if let State::Payload { buf, .. } = connection.state {
@@ -224,13 +245,15 @@ impl Clients {
             match request.piece {
                 // The core may still write it: its bytes count until it is given back.
                 Some(piece) => {
-                    buffers.charge(piece, request.reserved);
+                    buffers.charge(piece, connection.account, request.reserved);
                     buffers.release(piece);
                 }
-                None => buffers.unreserve(request.reserved),
+                None => buffers.unreserve(connection.account, request.reserved),
             }
         }
         connection.staging.release(buffers);
+        buffers.close_account(connection.account);
+        self.busy -= usize::from(connection.unanswered > 0);
         self.waiting.retain(|id| *id != conn);
         // Whatever the kernel has of this socket ends now; it may have failed already.
         let _failed = rustix::net::shutdown(&*connection.socket, rustix::net::Shutdown::Both);
@@ -273,16 +296,16 @@ impl Clients {
             let connection = self.connections.get_mut(&conn)?;
             match connection.state {
                 State::Header => {
-                    if connection.unanswered >= REQUESTS_MAX {
+                    if connection.unanswered >= fair::window(self.busy) {
                         return None;
                     }
                     match connection.parse(io)? {
                         ClientFrame::Violation(text) => {
-                            tracing::warn!(client = connection.name, "client breaks the protocol: {text}");
-                            return Some(Next::Close(text));
+                            return Some(Next::Close(End::Violation, text));
                         }
                         ClientFrame::Disconnect => connection.state = State::Finishing,
                         ClientFrame::Request(request) => {
+                            self.busy += usize::from(connection.unanswered == 0);
                             connection.unanswered += 1;
                             if let Some(next) = self.begin(conn, request) {
                                 return Some(next);
@@ -320,7 +343,7 @@ impl Clients {
                 }
                 State::Finishing => {
                     let done = connection.unanswered == 0 && connection.outgoing.is_idle();
-                    return done.then(|| Next::Close("the client disconnected".into()));
+                    return done.then(|| Next::Close(End::Client, "the client disconnected".into()));
                 }
             }
         }
@@ -387,8 +410,10 @@ impl Clients {
     /// Reserves the client bytes of a request, in turn. False: wait.
     fn admit(&mut self, io: &mut Io, conn: ConnId, request: FrontRequest) -> bool {
         let len = self.share(request);
-        let in_turn = self.waiting.front().is_none_or(|first| *first == conn);
-        if !in_turn || !io.buffers.reserve(len) {
+        let Some(connection) = self.connections.get(&conn) else { return false };
+        let account = connection.account;
+        let in_turn = self.first_in_turn(io).is_none_or(|(first, _)| first == conn);
+        if !in_turn || !within_share(io, account, len) || !io.buffers.reserve(account, len) {
             if !self.waiting.contains(&conn) {
                 self.waiting.push_back(conn);
             }
@@ -397,7 +422,7 @@ impl Clients {
         self.waiting.retain(|id| *id != conn);
         if request.op == FrontOp::Write {
             let buf = io.buffers.alloc(usize::try_from(len).expect("a write fits one payload"));
-            io.buffers.charge(buf, len);
+            io.buffers.charge(buf, account, len);
             let connection = self.connections.get_mut(&conn).expect("admitted while it is open");
             connection.staging.expect_body(usize::try_from(request.len).expect("a write fits one payload"));
             connection.state = State::Payload { request, buf, got: 0 };
@@ -482,10 +507,10 @@ impl Clients {
             Ok(ReplyData::Read { buf, skip, len, zero }) => {
                 assert_eq!((front.op, u64::from(len)), (FrontOp::Read, front.len), "read data as asked for");
                 if zero && connection.protocol.can_say_zeroes() {
-                    io.buffers.unreserve(reserved);
+                    io.buffers.unreserve(connection.account, reserved);
                     connection.answer(front, Answer::Zeroes);
                 } else {
-                    io.buffers.charge(buf, reserved);
+                    io.buffers.charge(buf, connection.account, reserved);
                     connection.answer(front, Answer::Data);
                     connection.outgoing.push_buffer(&mut io.buffers, buf, skip as usize, len as usize);
                 }
@@ -496,11 +521,11 @@ impl Clients {
             }
             Ok(ReplyData::None) => {
                 assert!(!front.op.wants_data(), "{:?} is answered with data", front.op);
-                io.buffers.unreserve(reserved);
+                io.buffers.unreserve(connection.account, reserved);
                 connection.answer(front, Answer::Done);
             }
             Err(error) => {
-                io.buffers.unreserve(reserved);
+                io.buffers.unreserve(connection.account, reserved);
                 connection.answer(front, Answer::Error(error));
             }
         }
@@ -534,6 +559,7 @@ impl Clients {
         connection.moved += len;
         let sent = connection.outgoing.on_sent(message, len, &mut io.buffers);
         connection.unanswered -= sent.answers;
+        self.busy -= usize::from(sent.answers > 0 && connection.unanswered == 0);
         match sent.rest {
             Some(rest) => io.send(&connection.socket, rest, Token::ClientSend(conn)),
             None => {
@@ -565,8 +591,9 @@ impl Clients {
         let block = self.geometry.block_size() as usize;
         let Some(connection) = self.connections.get_mut(&conn) else { return };
         connection.note_debt(now);
+        connection.active_at = now;
         let direct = match connection.state {
-            State::Header if connection.unanswered < REQUESTS_MAX => None,
+            State::Header if connection.unanswered < fair::window(self.busy) => None,
             State::Draining { .. } => None,
             State::Payload { request, buf, got } => {
                 let left = usize::try_from(request.len).expect("a write fits one payload") - got;
@@ -591,57 +618,105 @@ impl Clients {
         !self.waiting.is_empty()
     }
 
-    /// The connection whose turn it is to wait for client bytes, if they may suffice now.
+    /// The connection whose turn it is to wait for client bytes, if they suffice now.
     pub(super) fn first_waiting(&self, io: &Io) -> Option<ConnId> {
-        let conn = *self.waiting.front()?;
-        let State::Waiting(request) = self.connections.get(&conn)?.state else { return None };
-        let free = super::buffers::BUFFER_BYTES_MAX - io.buffers.client_bytes();
-        (self.share(request) <= free).then_some(conn)
+        let (conn, len) = self.first_in_turn(io)?;
+        (len <= io.buffers.client_bytes_free()).then_some(conn)
     }
 
-    /// When the next connection will have been unread, or stalled while others wait, for too long.
-    pub(super) fn deadline(&self) -> Option<Nanos> {
-        let unread = self.connections.values().filter_map(|c| c.unread_since).min();
+    /// The first that waits for client bytes which others hold, and how many: one whose own share is used up waits
+    /// for nobody but itself, and holds up nobody.
+    fn first_in_turn(&self, io: &Io) -> Option<(ConnId, u64)> {
+        self.waiting.iter().find_map(|conn| {
+            let connection = self.connections.get(conn)?;
+            let State::Waiting(request) = connection.state else { return None };
+            let len = self.share(request);
+            within_share(io, connection.account, len).then_some((*conn, len))
+        })
+    }
+
+    /// When the next connection will have been unread, stalled, or perhaps idle, for too long.
+    pub(super) fn deadline(&self, io: &Io) -> Option<Nanos> {
+        let (mut unread, mut owing): (Option<Nanos>, Option<Nanos>) = (None, None);
+        let earlier = |a: Option<Nanos>, b: Option<Nanos>| a.into_iter().chain(b).min();
+        for connection in self.connections.values() {
+            unread = earlier(unread, connection.unread_since);
+            owing = earlier(owing, connection.owes_since);
+        }
         let unread = unread.map(|at| at.after(self.unread_max));
-        let stalled = self.waiting_since().and_then(|waiting| {
-            let owing = self.connections.values().filter_map(|c| c.owes_since).min()?;
+        let owed = owing.map(|at| at.after(self.owed_max()));
+        let stalled = self.waiting_since(io).and_then(|waiting| {
+            let holding = self.connections.values().filter(|c| c.holds_up());
+            let owing = holding.filter_map(|c| c.owes_since).min()?;
             Some(owing.max(waiting).after(self.stall_max()))
         });
-        unread.into_iter().chain(stalled).min()
+        let idle = (self.idle_max.is_some() && !self.connections.is_empty()).then_some(self.idle_check);
+        [unread, owed, stalled, idle].into_iter().flatten().min()
     }
 
     /// Connections that hold up others: somebody has waited for client bytes for a while, and for as long
     /// these have not taken their answers or sent the payload that they announced. Closing them gives the
     /// bytes back before those who wait are unread for too long themselves.
-    pub(super) fn stalled(&self, now: Nanos) -> Vec<ConnId> {
+    pub(super) fn stalled(&self, io: &Io, now: Nanos) -> Vec<ConnId> {
         let over = |since: Nanos| since.after(self.stall_max()) <= now;
-        if !self.waiting_since().is_some_and(over) {
+        if !self.waiting_since(io).is_some_and(over) {
             return Vec::new();
         }
-        self.connections.iter().filter(|(_, c)| c.owes_since.is_some_and(over)).map(|(id, _)| *id).collect()
+        self.select(|c| c.holds_up() && c.owes_since.is_some_and(over))
+    }
+
+    /// Connections that have asked nothing for too long, with nothing in flight. Looked for now and then only.
+    pub(super) fn idle(&mut self, now: Nanos) -> Vec<ConnId> {
+        let Some(idle_max) = self.idle_max else { return Vec::new() };
+        if now < self.idle_check {
+            return Vec::new();
+        }
+        self.idle_check = now.after(idle_max / 4);
+        self.select(|c| {
+            matches!(c.state, State::Header) && c.unanswered == 0 && c.active_at.after(idle_max) <= now
+        })
+    }
+
+    fn select(&self, is_meant: impl Fn(&Connection) -> bool) -> Vec<ConnId> {
+        self.connections.iter().filter(|(_, c)| is_meant(c)).map(|(id, _)| *id).collect()
     }
 
     /// Since when the first in turn waits for client bytes.
-    fn waiting_since(&self) -> Option<Nanos> {
-        self.connections.get(self.waiting.front()?)?.unread_since
+    fn waiting_since(&self, io: &Io) -> Option<Nanos> {
+        let (conn, _) = self.first_in_turn(io)?;
+        self.connections.get(&conn)?.unread_since
+    }
+
+    fn owed_max(&self) -> Duration {
+        self.unread_max * OWED_LIMITS
     }
 
     fn stall_max(&self) -> Duration {
         self.unread_max / 4
     }
 
-    /// Connections that have been unread for too long [R24].
-    pub(super) fn unread_too_long(&self, now: Nanos) -> Vec<ConnId> {
-        let over = |c: &Connection| {
-            c.unread_since.is_some_and(|at| at.after(self.unread_max) <= now) && !mutated(Mutation::R24)
+    /// Connections that have been unread for too long [R24], or whose clients have owed something for so long that
+    /// they are given up, whoever waits.
+    pub(super) fn expired(&self, now: Nanos) -> Vec<(ConnId, End)> {
+        let over = |since: Option<Nanos>, limit| since.is_some_and(|since: Nanos| since.after(limit) <= now);
+        let end = |c: &Connection| {
+            if over(c.unread_since, self.unread_max) && !mutated(Mutation::R24) {
+                return Some(End::Unread);
+            }
+            over(c.owes_since, self.owed_max()).then_some(End::Stalled)
         };
-        self.connections.iter().filter(|(_, c)| over(c)).map(|(id, _)| *id).collect()
+        self.connections.iter().filter_map(|(id, c)| Some((*id, end(c)?))).collect()
     }
 
     /// Nothing is left to send.
     pub(super) fn is_idle(&self) -> bool {
         self.connections.values().all(|c| c.outgoing.is_idle())
     }
+}
+
+/// [`fair::within_share`], by what an account holds and what is free.
+fn within_share(io: &Io, account: Account, len: u64) -> bool {
+    fair::within_share(io.buffers.held(account), len, io.buffers.client_bytes_free())
 }
 
 /// Zeroes for a write: a buffer of the whole blocks that it touches, one reference for the core and one for the
@@ -665,10 +740,23 @@ impl Connection {
         }
     }
 
+    /// It may hold client bytes that its client does not let go of.
+    fn holds_up(&self) -> bool {
+        matches!(self.state, State::Payload { .. }) || !self.outgoing.is_idle()
+    }
+
+    /// The client has begun a request, and the rest is to come.
+    fn is_amid_request(&self) -> bool {
+        match self.state {
+            State::Header => (1..self.protocol.header_len()).contains(&self.staging.len()),
+            State::Payload { .. } | State::Draining { .. } => true,
+            State::Waiting(_) | State::Finishing => false,
+        }
+    }
+
     /// Notes since when the client has owed something without getting on with it.
     fn note_debt(&mut self, now: Nanos) {
-        let owes = matches!(self.state, State::Payload { .. }) || !self.outgoing.is_idle();
-        if !owes {
+        if !self.is_amid_request() && self.outgoing.is_idle() {
             self.owes_since = None;
         } else if self.owes_since.is_none() || self.moved >= STALL_LEN {
             self.owes_since = Some(now);
@@ -725,7 +813,7 @@ impl Connection {
         self.protocol.reply(&front, Answer::Extents(extents), scratch);
         assert!(scratch.len() as u64 <= STATUS_LEN_MAX, "a block status of {} bytes", scratch.len());
         let buf = io.buffers.alloc(scratch.len());
-        io.buffers.charge(buf, reserved);
+        io.buffers.charge(buf, self.account, reserved);
         io.buffers.bytes_mut(buf)[..scratch.len()].copy_from_slice(scratch);
         self.outgoing.push_buffer(&mut io.buffers, buf, 0, scratch.len());
         self.outgoing.count_answer();

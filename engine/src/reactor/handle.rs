@@ -59,6 +59,8 @@ pub struct ReactorOptions {
     pub registered_bytes: usize,
     /// How long a client connection may stay unread before it is closed [R24].
     pub unread_max: Duration,
+    /// How long a client connection may ask nothing, with nothing in flight, before it is closed. `None`: for ever.
+    pub idle_max: Option<Duration>,
 }
 
 impl ReactorOptions {
@@ -70,6 +72,7 @@ impl ReactorOptions {
             ring_entries: super::ring::RING_ENTRIES,
             registered_bytes: REGISTERED_BYTES,
             unread_max: UNREAD_MAX,
+            idle_max: None,
         }
     }
 }

@@ -7,6 +7,7 @@
 //! ```text
 //! handle    the way in from other threads: mailbox and event descriptor
 //! volume    the loop: wait, reap, feed the core, carry out its outputs, submit
+//! fair      what one client may have while others want some, too
 //! clients   client connections (their protocol is a ClientProtocol)     \
 //! peers     sessions to the other replicas                                > staging, outgoing
 //! disk      disk operations                                              /
@@ -27,6 +28,7 @@ mod clients;
 mod core;
 mod disk;
 mod error;
+mod fair;
 mod handle;
 mod holes;
 mod open;

@@ -25,6 +25,7 @@ use crate::replica::{ClientInput, ClientOp, ConnId, Output, PeerInput};
 use crate::types::{Health, Incarnation, Nanos, NodeId, ReplicaState, ReplicaStatus};
 use crate::wire::SessionId;
 
+use super::client::End;
 use super::clients::{Clients, Next};
 use super::core::Core;
 use super::disk::Disk;
@@ -106,7 +107,7 @@ impl<C: Core> Volume<C> {
         Ok(Self {
             core,
             io,
-            clients: Clients::new(disk.geometry(), options.unread_max),
+            clients: Clients::new(disk.geometry(), options.unread_max, options.idle_max),
             peers: Peers::new(disk.geometry()),
             disk,
             hooks,
@@ -158,14 +159,14 @@ impl<C: Core> Volume<C> {
     fn deadline(&self) -> Option<Nanos> {
         let status = self.board.touched.then(|| self.board.at.after(STATUS_INTERVAL));
         let trim = self.io.buffers.has_spare().then_some(self.trim_at);
-        let deadlines = [self.core.poll_deadline(), self.clients.deadline(), status, trim];
+        let deadlines = [self.core.poll_deadline(), self.clients.deadline(&self.io), status, trim];
         deadlines.into_iter().flatten().min()
     }
 
     fn handle(&mut self, done: &mut Vec<Completion>) {
         for completion in done.iter() {
             if let Token::ClientGone(conn) = completion.token {
-                self.close_client(conn, "the client has shut down");
+                self.close_client(conn, End::Client, "the client has shut down");
             }
         }
         self.settle();
@@ -199,14 +200,14 @@ impl<C: Core> Volume<C> {
                 self.io.buffers.release(buf);
                 match received {
                     Ok(()) => self.pump_client(conn),
-                    Err(reason) => self.close_client(conn, &reason),
+                    Err(reason) => self.close_client(conn, End::Client, &reason),
                 }
                 self.settle();
             }
             (Token::ClientSend(conn), Hold::Message(message)) => {
                 match self.clients.sent(&mut self.io, conn, message, result) {
                     Ok(()) => self.pump_client(conn),
-                    Err(reason) => self.close_client(conn, &reason),
+                    Err(reason) => self.close_client(conn, End::Client, &reason),
                 }
                 self.settle();
             }
@@ -234,7 +235,7 @@ impl<C: Core> Volume<C> {
         while let Some(next) = self.clients.next(&mut self.io, conn) {
             match next {
                 Next::Request(request) => self.give(Input::Client(ClientInput::Request(request))),
-                Next::Close(reason) => self.close_client(conn, &reason),
+                Next::Close(end, reason) => self.close_client(conn, end, &reason),
             }
             self.settle();
         }
@@ -278,7 +279,7 @@ impl<C: Core> Volume<C> {
 
     fn end_clients(&mut self, keys: &[ClientKey]) {
         for conn in self.clients.named(keys) {
-            self.close_client(conn, "its attachment was ended");
+            self.close_client(conn, End::Server, "its attachment was ended");
         }
     }
 
@@ -289,7 +290,7 @@ impl<C: Core> Volume<C> {
         }
         // A client that comes back must not be overtaken by what its old connection still holds [R24].
         for conn in self.clients.gone() {
-            self.close_client(conn, "the client has shut down");
+            self.close_client(conn, End::Client, "the client has shut down");
         }
         self.settle();
         if let Some(conn) = self.clients.add(&mut self.io, client) {
@@ -321,8 +322,8 @@ impl<C: Core> Volume<C> {
         self.peers.arm(&mut self.io, session);
     }
 
-    fn close_client(&mut self, conn: ConnId, reason: &str) {
-        if self.clients.close(&mut self.io, conn, reason) {
+    fn close_client(&mut self, conn: ConnId, end: End, reason: &str) {
+        if self.clients.close(&mut self.io, conn, end, reason) {
             self.pending.push_back(Input::Client(ClientInput::Closed(conn)));
         }
     }
@@ -396,7 +397,7 @@ impl<C: Core> Volume<C> {
             Output::CloseClients(reason) => {
                 self.board.urgent = true;
                 for conn in self.clients.all() {
-                    self.close_client(conn, &reason);
+                    self.close_client(conn, End::Server, &reason);
                 }
             }
             Output::Event(event) => {
@@ -415,14 +416,19 @@ impl<C: Core> Volume<C> {
     /// What is due by the clock.
     fn tick(&mut self) {
         let now = self.input_time();
-        for conn in self.clients.unread_too_long(now) {
-            self.close_client(conn, "it stayed unread for too long, so that what it holds may be stale");
+        for (conn, end) in self.clients.expired(now) {
+            let reason = match end {
+                End::Unread => "it stayed unread for too long, so that what it holds may be stale",
+                _ => "it took no answers, or did not send the rest of a request, for too long",
+            };
+            self.close_client(conn, end, reason);
         }
-        for conn in self.clients.stalled(now) {
-            self.close_client(
-                conn,
-                "it takes no answers or sends no payload, and others wait for its memory",
-            );
+        for conn in self.clients.stalled(&self.io, now) {
+            let reason = "it takes no answers or sends no payload, and others wait for its memory";
+            self.close_client(conn, End::Stalled, reason);
+        }
+        for conn in self.clients.idle(now) {
+            self.close_client(conn, End::Idle, "it asked nothing for too long");
         }
         if self.core.poll_deadline().is_some_and(|at| at <= now) {
             self.board.touched = true;
@@ -506,7 +512,7 @@ impl<C: Core> Volume<C> {
     fn shut_down(&mut self) {
         self.shared.close();
         for conn in self.clients.all() {
-            self.clients.close(&mut self.io, conn, "the volume stops");
+            self.clients.close(&mut self.io, conn, End::Server, "the volume stops");
         }
         for session in self.peers.all() {
             self.peers.close(&mut self.io, session);

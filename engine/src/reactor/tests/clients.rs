@@ -3,7 +3,9 @@
 use std::net::{TcpListener, TcpStream};
 
 use super::*;
-use crate::reactor::clients::{Clients, Next, REQUESTS_MAX};
+use crate::reactor::client::End;
+use crate::reactor::clients::{Clients, Next};
+use crate::reactor::fair::REQUESTS_MAX;
 use crate::reactor::ring::{Completion, Hold, Io, Token};
 use crate::replica::ConnId;
 
@@ -243,36 +245,15 @@ fn a_connection_that_is_ended_is_closed_unanswered_and_the_others_go_on() {
     assert_eq!(told.recv(), Ok(2), "and that its client left, too");
 }
 
-#[test]
-fn client_bytes_beyond_the_bound_wait_and_are_served_in_turn() {
-    let rig = Rig::new(64 << 20);
-    rig.hold();
-    let mut first = rig.client();
-    for n in 0..9 {
-        first.send(READ, n, 0, 32 * MIB, &[]);
-    }
-    eventually("the bound is reached", || rig.shared.count("request 1") == 8);
-    let mut second = rig.client();
-    second.send(READ, 1, 0, 1, &[]);
-    std::thread::sleep(Duration::from_millis(50));
-    assert_eq!(rig.shared.count("request"), 8, "back-pressure");
-    rig.let_go();
-    for _ in 0..9 {
-        assert_eq!(first.reply().1, 0);
-        first.0.read_exact(&mut vec![0; 32 << 20]).unwrap();
-    }
-    assert_eq!(second.reply(), (1, 0));
-}
-
-/// A client that takes no answers, and clients that announce a payload and do not send it: each holds client
-/// bytes only until somebody else has waited for them for a while.
+/// Clients that take no answers, or announce a payload and do not send it: each holds client bytes only until
+/// somebody else has waited for them for a while.
 #[test]
 fn stalled_clients_do_not_starve_the_others() {
     for by_reads in [true, false] {
         let options =
             ReactorOptions { unread_max: Duration::from_millis(800), ..ReactorOptions::new("test") };
         let rig = Rig::with(64 << 20, options);
-        let mut stalled: Vec<_> = (0..if by_reads { 1 } else { 8 }).map(|_| rig.client()).collect();
+        let mut stalled: Vec<_> = (0..8).map(|_| rig.client()).collect();
         for n in 0..8_u64 {
             let at = usize::try_from(n).unwrap() % stalled.len();
             let op = if by_reads { READ } else { WRITE };
@@ -290,19 +271,29 @@ fn stalled_clients_do_not_starve_the_others() {
 }
 
 /// Clients driven by hand, to see every buffer.
-struct Bench {
-    io: Io,
-    clients: Clients,
+pub(super) struct Bench {
+    pub(super) io: Io,
+    pub(super) clients: Clients,
 }
 
 impl Bench {
-    fn new() -> (Self, ConnId, Client<UnixStream>) {
+    pub(super) fn new() -> (Self, ConnId, Client<UnixStream>) {
         let mut io = Io::new(16, 0).unwrap();
-        let mut clients = Clients::new(geometry(1 << 30), Duration::from_secs(20));
+        let mut clients = Clients::new(geometry(1 << 30), Duration::from_secs(20), None);
+        let (conn, client) = Self::connect(&mut io, &mut clients);
+        (Self { io, clients }, conn, client)
+    }
+
+    fn connect(io: &mut Io, clients: &mut Clients) -> (ConnId, Client<UnixStream>) {
         let (here, there) = UnixStream::pair().unwrap();
-        let conn = clients.add(&mut io, new_client(OwnedFd::from(there), 0, Box::new(()))).unwrap();
-        clients.arm(&mut io, conn, Nanos(0));
-        (Self { io, clients }, conn, Client(here))
+        let conn = clients.add(io, new_client(OwnedFd::from(there), 0, Box::new(()))).unwrap();
+        clients.arm(io, conn, Nanos(0));
+        (conn, Client(here))
+    }
+
+    /// One more client.
+    pub(super) fn client(&mut self) -> (ConnId, Client<UnixStream>) {
+        Self::connect(&mut self.io, &mut self.clients)
     }
 
     fn turn(&mut self) -> Vec<Completion> {
@@ -312,7 +303,7 @@ impl Bench {
     }
 
     /// Takes one receive; what comes of it.
-    fn receive(&mut self, conn: ConnId) -> Option<Next> {
+    pub(super) fn receive(&mut self, conn: ConnId) -> Option<Next> {
         let done = self.turn().into_iter().find(|c| c.token == Token::ClientReceive(conn))?;
         let Hold::Buffer(buf) = done.hold else { panic!("a receive holds a buffer") };
         self.clients.received(conn, buf, done.result, done.more).unwrap();
@@ -323,7 +314,7 @@ impl Bench {
     }
 
     /// Reaps everything after the end of all connections.
-    fn drain(&mut self) {
+    pub(super) fn drain(&mut self) {
         while self.io.in_kernel() > 0 {
             for done in self.turn() {
                 if let Hold::Buffer(buf) = done.hold {
@@ -348,7 +339,7 @@ fn a_disconnect_in_the_middle_of_a_write_gives_every_buffer_back() {
             assert!(bench.receive(conn).is_none());
         }
         let _client = sender.join().unwrap();
-        assert!(bench.clients.close(&mut bench.io, conn, "test"));
+        assert!(bench.clients.close(&mut bench.io, conn, End::Client, "test"));
         bench.drain();
         assert_eq!((bench.io.buffers.in_use(), bench.io.buffers.client_bytes()), (0, 0));
     }
@@ -365,7 +356,7 @@ fn requests_that_end_with_their_connection_give_their_client_bytes_back() {
     let ClientOp::Write(payload) = write.op else { panic!("a write") };
     assert_eq!(payload.len, 4096, "whole blocks");
     assert_eq!(bench.io.buffers.client_bytes(), (4 << 20) + 4096);
-    bench.clients.close(&mut bench.io, conn, "test");
+    bench.clients.close(&mut bench.io, conn, End::Client, "test");
     assert_eq!(bench.io.buffers.client_bytes(), 4096, "the write's buffer is the core's until it lets go");
     let late = bench.io.buffers.alloc(4 << 20);
     let data = ReplyData::Read { buf: late, skip: 0, len: 4 * MIB, zero: false };
@@ -400,7 +391,7 @@ fn zeroes_under_way_count_until_the_core_gives_them_back_also_after_their_connec
     let next = bench.clients.reply(&mut bench.io, conn, Cookie(1), Ok(ReplyData::None)).map(Next::Request);
     let second = piece(next);
     assert_eq!(bench.io.buffers.client_bytes(), share, "one share for all pieces");
-    assert!(bench.clients.close(&mut bench.io, conn, "test"));
+    assert!(bench.clients.close(&mut bench.io, conn, End::Client, "test"));
     assert_eq!(bench.io.buffers.client_bytes(), share, "the core still has it");
     bench.io.buffers.release(second.buf);
     bench.drain();

@@ -5,6 +5,7 @@
 
 mod clients;
 mod disk;
+mod fairness;
 mod open;
 mod peers;
 mod volume;
