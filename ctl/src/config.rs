@@ -7,10 +7,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blkrepl_engine::types::NodeId;
+use blkrepl_nbd::ConnectionLimits;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use toml::Spanned;
@@ -25,6 +27,8 @@ pub const HEARTBEAT_MS_DEFAULT: u64 = 100;
 pub const ELECTION_MIN_MS_DEFAULT: u64 = 400;
 /// Longest election timeout, in milliseconds.
 pub const ELECTION_MAX_MS_DEFAULT: u64 = 800;
+/// Longest time of an NBD handshake, in seconds.
+pub const HANDSHAKE_TIMEOUT_S_DEFAULT: u64 = 10;
 /// Longest path of a unix socket that Linux takes, in bytes.
 pub const UNIX_PATH_MAX: usize = 107;
 /// Longest name of a node or volume, in bytes.
@@ -123,6 +127,17 @@ pub struct Timing {
     pub election: (Duration, Duration),
 }
 
+/// Limits on NBD clients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NbdLimits {
+    /// Most connections.
+    pub connections: ConnectionLimits,
+    /// Longest time of a handshake.
+    pub handshake_timeout: Duration,
+    /// How long a connection may ask nothing; `None`: for ever.
+    pub idle_timeout: Option<Duration>,
+}
+
 /// The whole of `node.toml`, checked, with absolute paths.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeConfig {
@@ -148,6 +163,8 @@ pub struct NodeConfig {
     pub admin: PathBuf,
     /// Times.
     pub timing: Timing,
+    /// Limits on NBD clients.
+    pub nbd: NbdLimits,
     /// Founders, by id.
     pub founders: Vec<FounderConfig>,
     /// Paths of volumes.
@@ -161,6 +178,8 @@ struct RawConfig {
     listen: RawListen,
     #[serde(default)]
     timing: RawTiming,
+    #[serde(default)]
+    nbd: RawNbd,
     cluster: Vec<RawFounder>,
     #[serde(default)]
     volume: BTreeMap<String, VolumePaths>,
@@ -193,6 +212,15 @@ struct RawTiming {
     heartbeat_ms: Option<Spanned<u64>>,
     election_min_ms: Option<Spanned<u64>>,
     election_max_ms: Option<Spanned<u64>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct RawNbd {
+    connections_max: Option<Spanned<u64>>,
+    connections_per_client_max: Option<Spanned<u64>>,
+    handshake_timeout_s: Option<Spanned<u64>>,
+    idle_timeout_s: Option<Spanned<u64>>,
 }
 
 #[derive(Deserialize)]
@@ -266,6 +294,7 @@ pub fn parse(path: &Path, text: &str) -> Result<NodeConfig, ConfigError> {
         nbd_unix: path_or(&raw.listen.nbd_unix, "listen.nbd_unix", "nbd.sock")?,
         admin: path_or(&raw.listen.admin, "listen.admin", "admin.sock")?,
         timing: at.timing(&raw.timing)?,
+        nbd: at.nbd(&raw.nbd)?,
         founders,
         volumes: raw
             .volume
@@ -392,6 +421,36 @@ impl Checker<'_> {
         Ok(founders)
     }
 
+    fn nbd(&self, raw: &RawNbd) -> Result<NbdLimits, ConfigError> {
+        let value = |given: &Option<Spanned<u64>>, key: &str, allowed: RangeInclusive<u64>, default: u64| {
+            let Some(given) = given else { return Ok(default.min(*allowed.end())) };
+            let found = *given.get_ref();
+            if !allowed.contains(&found) {
+                let problem = format!("{found} is not in {} to {}", allowed.start(), allowed.end());
+                return self.refuse(given, key, problem);
+            }
+            Ok(found)
+        };
+        let default = ConnectionLimits::default();
+        let all = value(&raw.connections_max, "nbd.connections_max", 1..=65536, default.all as u64)?;
+        let key = "nbd.connections_per_client_max";
+        let per_client = value(&raw.connections_per_client_max, key, 1..=all, default.per_client as u64)?;
+        let key = "nbd.handshake_timeout_s";
+        let handshake = value(&raw.handshake_timeout_s, key, 1..=600, HANDSHAKE_TIMEOUT_S_DEFAULT)?;
+        let idle = raw.idle_timeout_s.as_ref().filter(|seconds| *seconds.get_ref() != 0);
+        if let Some(given) = idle.filter(|seconds| !(10..=604_800).contains(seconds.get_ref())) {
+            let problem = format!("{} is not 0 (never) or in 10 to 604800 seconds", given.get_ref());
+            return self.refuse(given, "nbd.idle_timeout_s", problem);
+        }
+        // Both are at most 65536.
+        let number = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
+        Ok(NbdLimits {
+            connections: ConnectionLimits { all: number(all), per_client: number(per_client) },
+            handshake_timeout: Duration::from_secs(handshake),
+            idle_timeout: idle.map(|seconds| Duration::from_secs(*seconds.get_ref())),
+        })
+    }
+
     fn timing(&self, raw: &RawTiming) -> Result<Timing, ConfigError> {
         let value = |given: &Option<Spanned<u64>>, key: &str, default: u64| match given {
             Some(ms) if !(10..=600_000).contains(ms.get_ref()) => {
@@ -493,6 +552,19 @@ data = "/dev/vg/vol0"
     }
 
     #[test]
+    fn limits_on_clients_have_defaults_and_an_idle_connection_stays() {
+        let nbd = parse_text(GOOD).unwrap().nbd;
+        assert_eq!((nbd.connections, nbd.idle_timeout), (ConnectionLimits::default(), None));
+        assert_eq!(nbd.handshake_timeout, Duration::from_secs(10));
+        let few =
+            parse_text(&format!("{GOOD}\n[nbd]\nconnections_max = 7\nidle_timeout_s = 0\n")).unwrap().nbd;
+        assert_eq!(few.connections, ConnectionLimits { all: 7, per_client: 7 });
+        assert_eq!(few.idle_timeout, None);
+        let idle = parse_text(&format!("{GOOD}\n[nbd]\nidle_timeout_s = 60\n")).unwrap().nbd.idle_timeout;
+        assert_eq!(idle, Some(Duration::from_secs(60)));
+    }
+
+    #[test]
     fn unknown_keys_are_refused_with_file_line_and_what_is_allowed() {
         let text =
             error(&GOOD.replace("name = \"n1\"\nkind = \"data\"\n\n", "nmae = \"n1\"\nkind = \"data\"\n\n"));
@@ -530,6 +602,22 @@ data = "/dev/vg/vol0"
             (
                 format!("{GOOD}\n[timing]\nlease_ms = 80000\n"),
                 "key timing.lease_ms: must be between 100 and 60000",
+            ),
+            (
+                format!("{GOOD}\n[nbd]\nconnections_max = 0\n"),
+                "key nbd.connections_max: 0 is not in 1 to 65536",
+            ),
+            (
+                format!("{GOOD}\n[nbd]\nconnections_max = 8\nconnections_per_client_max = 9\n"),
+                "key nbd.connections_per_client_max: 9 is not in 1 to 8",
+            ),
+            (
+                format!("{GOOD}\n[nbd]\nhandshake_timeout_s = 601\n"),
+                "key nbd.handshake_timeout_s: 601 is not in 1 to 600",
+            ),
+            (
+                format!("{GOOD}\n[nbd]\nidle_timeout_s = 9\n"),
+                "key nbd.idle_timeout_s: 9 is not 0 (never) or in 10 to 604800 seconds",
             ),
         ];
         for (text, expected) in cases {

@@ -58,6 +58,17 @@ fn timing() -> impl Strategy<Value = Timing> {
     })
 }
 
+fn nbd() -> impl Strategy<Value = NbdLimits> {
+    let connections = (1usize..=65536).prop_flat_map(|all| (Just(all), 1..=all));
+    (connections, 1u64..=600, option::of(10u64..=604_800)).prop_map(|((all, per_client), handshake, idle)| {
+        NbdLimits {
+            connections: ConnectionLimits { all, per_client },
+            handshake_timeout: Duration::from_secs(handshake),
+            idle_timeout: idle.map(Duration::from_secs),
+        }
+    })
+}
+
 fn volumes() -> impl Strategy<Value = BTreeMap<String, VolumePaths>> {
     let paths = (option::of(path()), option::of(path())).prop_map(|(data, meta)| VolumePaths { data, meta });
     btree_map(any::<String>(), paths, 0..3)
@@ -66,8 +77,9 @@ fn volumes() -> impl Strategy<Value = BTreeMap<String, VolumePaths>> {
 /// A config with the paths as they are to be written.
 fn config() -> impl Strategy<Value = NodeConfig> {
     let listen = (addr(), addr(), option::of(addr()), path(), path());
-    (founders(), any::<prop::sample::Index>(), path(), listen, timing(), volumes()).prop_map(
-        |(founders, me, dir, (control, peer, nbd_tcp, nbd_unix, admin), timing, volumes)| {
+    let limits = (timing(), nbd());
+    (founders(), any::<prop::sample::Index>(), path(), listen, limits, volumes()).prop_map(
+        |(founders, me, dir, (control, peer, nbd_tcp, nbd_unix, admin), (timing, nbd), volumes)| {
             let me = me.get(&founders).clone();
             NodeConfig {
                 file: FILE.into(),
@@ -81,6 +93,7 @@ fn config() -> impl Strategy<Value = NodeConfig> {
                 nbd_unix,
                 admin,
                 timing,
+                nbd,
                 founders,
                 volumes,
             }
@@ -113,6 +126,11 @@ fn written(config: &NodeConfig) -> Vec<String> {
     for (key, time) in times.into_iter().chain([("election_min", low), ("election_max", high)]) {
         writeln!(text, "{key}_ms = {}", time.as_millis()).unwrap();
     }
+    let NbdLimits { connections, handshake_timeout, idle_timeout } = config.nbd;
+    writeln!(text, "[nbd]\nconnections_max = {}", connections.all).unwrap();
+    writeln!(text, "connections_per_client_max = {}", connections.per_client).unwrap();
+    writeln!(text, "handshake_timeout_s = {}", handshake_timeout.as_secs()).unwrap();
+    writeln!(text, "idle_timeout_s = {}", idle_timeout.map_or(0, |time| time.as_secs())).unwrap();
     for f in config.founders.iter().rev() {
         let (id, name, kind, nbd) = (f.id.0, quoted(&f.name), quoted(f.kind.word()), quoted(&f.nbd));
         writeln!(text, "[[cluster]]\nid = {id}\nname = {name}\nkind = {kind}").unwrap();
@@ -154,6 +172,8 @@ fn bad_values(key: &str) -> &'static [&'static str] {
         "control" | "peer" | "nbd_tcp" => &["'localhost:1'", "'1.2.3.4'", "'1.2.3.4:0'", "'::1:70000'", "5"],
         "nbd_unix" | "admin" => &["1", "[]", "false"],
         "dir" | "data" | "meta" | "nbd" => &["1", "[]", "1979-05-27"],
+        "idle_timeout_s" => &["9", "604801", "-1", "'60'", "60.5"],
+        _ if key.ends_with("_max") || key.ends_with("_s") => &["0", "-1", "65537", "'1'", "1.5"],
         _ if key.ends_with("_ms") => &["9", "0", "-1", "600001", "'100'", "1e3"],
         _ => panic!("no such key: {key}"),
     }

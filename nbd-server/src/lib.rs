@@ -9,6 +9,7 @@
 //! negotiate  sans-IO: fixed newstyle negotiation
 //! session    sans-IO: request headers and replies (a ClientProtocol) -> runs on the reactor
 //! keepalive  how a client's machine that is gone is noticed
+//! desk       which connections are let in: `limits` counts them, `misbehaviour` what they do wrong
 //! client     a blocking and pipelined client for tests, demo and benches
 //! bench      the load generator behind `blkrepl bench`
 //! proto, uri, export   the protocol's constants, addresses, plain data and the Exports trait
@@ -29,7 +30,10 @@ pub mod server;
 pub mod session;
 pub mod uri;
 
+mod desk;
+mod limits;
 mod listen;
+mod misbehaviour;
 
 pub use client::{
     ClientOptions, Completion, Handle, NbdClient, NbdError, RefusalKind, Request, RequestOp, connect_raw,
@@ -39,7 +43,9 @@ pub use context::{Contexts, MetaContext};
 pub use export::{
     Admission, Admitting, Attached, ExportInfo, ExportRefusal, Exports, Peer, Replies, admit_with,
 };
+pub use limits::{CONNECTIONS_MAX, CONNECTIONS_PER_CLIENT_MAX, ConnectionLimits};
 pub use listen::{ListenAddr, ListenError};
+pub use misbehaviour::Misbehaviour;
 pub use proto::NbdErrno;
 pub use server::{Server, ServerOptions};
 pub use session::Session;

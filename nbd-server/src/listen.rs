@@ -1,22 +1,27 @@
-//! Listening sockets, TCP and unix, and the unix socket's file.
+//! Listening sockets, TCP and unix, bound here or passed by whoever started the process, and the unix socket's file.
 //!
 //! A unix socket file that is in the way is replaced only if it is a socket and nobody answers on it; any
 //! other file, and a living server, are left alone. The file is taken away again when the listener is
-//! dropped, unless somebody else has put another one in its place meanwhile.
+//! dropped, unless somebody else has put another one in its place meanwhile. That of a socket that was passed is
+//! its maker's: never touched.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::net::{SocketAddrUnix, SocketType, sockopt};
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 use crate::export::Peer;
 use crate::keepalive;
+use crate::limits::ClientHost;
 
 /// Longest path of a unix socket in bytes, by the size of the kernel's `sun_path` less its final NUL.
 const UNIX_PATH_MAX: usize = 107;
@@ -31,6 +36,30 @@ pub enum ListenAddr {
     Tcp(SocketAddr),
     /// Unix socket.
     Unix(PathBuf),
+}
+
+impl ListenAddr {
+    /// Where a socket listens.
+    ///
+    /// # Errors
+    /// It is no stream socket that listens, or has an address of another kind.
+    pub fn of_socket(socket: &impl AsFd) -> Result<Self, ListenError> {
+        let unfit = |source: rustix::io::Errno| ListenError::Passed(source.to_string());
+        let is_stream = sockopt::socket_type(socket).map_err(unfit)? == SocketType::STREAM;
+        if !is_stream || !sockopt::socket_acceptconn(socket).map_err(unfit)? {
+            return Err(ListenError::Passed("it does not listen".into()));
+        }
+        let addr = rustix::net::getsockname(socket).map_err(unfit)?;
+        if let Ok(addr) = SocketAddr::try_from(addr.clone()) {
+            return Ok(Self::Tcp(addr));
+        }
+        let unix = SocketAddrUnix::try_from(addr).ok();
+        let path = unix.and_then(|addr| addr.path_bytes().map(<[u8]>::to_vec));
+        match path {
+            Some(path) => Ok(Self::Unix(OsString::from_vec(path).into())),
+            None => Err(ListenError::Passed("its address is neither one of TCP nor a path".into())),
+        }
+    }
 }
 
 impl fmt::Display for ListenAddr {
@@ -72,6 +101,9 @@ pub enum ListenError {
          configure a shorter path"
     )]
     UnixPathTooLong(PathBuf),
+    /// A socket that was passed cannot be used.
+    #[error("it is not a TCP or unix socket that listens: {0}")]
+    Passed(String),
     /// The unix socket cannot be made.
     #[error("cannot listen for NBD on {path}: {source}; check that its directory exists and is writable")]
     Unix {
@@ -133,6 +165,28 @@ impl Listener {
         }
     }
 
+    /// Takes a socket that listens already, and says where.
+    pub(crate) fn adopt(socket: OwnedFd) -> Result<(Self, ListenAddr), ListenError> {
+        let addr = ListenAddr::of_socket(&socket)?;
+        let unfit = |source: io::Error| ListenError::Passed(source.to_string());
+        let listener = match &addr {
+            ListenAddr::Tcp(_) => {
+                let listener = std::net::TcpListener::from(socket);
+                listener.set_nonblocking(true).map_err(unfit)?;
+                Self::Tcp(TcpListener::from_std(listener).map_err(unfit)?)
+            }
+            ListenAddr::Unix(path) => {
+                let listener = std::os::unix::net::UnixListener::from(socket);
+                listener.set_nonblocking(true).map_err(unfit)?;
+                Self::Unix(
+                    UnixListener::from_std(listener).map_err(unfit)?,
+                    SocketFile { path: path.clone(), made: None },
+                )
+            }
+        };
+        Ok((listener, addr))
+    }
+
     /// Where it really listens, the kernel's choice of a port included.
     pub(crate) fn addr(&self) -> io::Result<ListenAddr> {
         match self {
@@ -141,8 +195,9 @@ impl Listener {
         }
     }
 
-    /// Waits for a connection; gives it with the peer's name for logs. Cancelling loses no connection.
-    pub(crate) async fn accept(&self) -> io::Result<(Accepted, String)> {
+    /// Waits for a connection; gives it with the client's host, and its name for logs. Cancelling loses no
+    /// connection.
+    pub(crate) async fn accept(&self) -> io::Result<(Accepted, ClientHost, String)> {
         match self {
             Self::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
@@ -152,13 +207,14 @@ impl Listener {
                 if let Err(error) = keepalive::watch(&stream) {
                     tracing::debug!(%peer, %error, "an NBD client's socket cannot be watched");
                 }
-                Ok((Accepted::Tcp(stream), peer.to_string()))
+                Ok((Accepted::Tcp(stream), ClientHost::of(peer.ip()), peer.to_string()))
             }
             Self::Unix(listener, file) => {
                 let (stream, _) = listener.accept().await?;
                 let pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
                 let pid = pid.map_or_else(String::new, |pid| format!(" (pid {pid})"));
-                Ok((Accepted::Unix(stream), format!("unix:{}{pid}", file.path.display())))
+                let peer = format!("unix:{}{pid}", file.path.display());
+                Ok((Accepted::Unix(stream), ClientHost::Local, peer))
             }
         }
     }
@@ -189,24 +245,24 @@ fn unix_error(path: &Path, source: io::Error) -> ListenError {
     ListenError::Unix { path: path.to_owned(), source }
 }
 
-/// The file of a unix socket; taken away when dropped.
+/// The file of a unix socket; taken away when dropped, if it was made here.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
-    device: u64,
-    inode: u64,
+    /// Device and inode; `None` if somebody else made it.
+    made: Option<(u64, u64)>,
 }
 
 impl SocketFile {
     fn of(path: &Path) -> io::Result<Self> {
         let meta = std::fs::symlink_metadata(path)?;
-        Ok(Self { path: path.to_owned(), device: meta.dev(), inode: meta.ino() })
+        Ok(Self { path: path.to_owned(), made: Some((meta.dev(), meta.ino())) })
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let ours = |meta: std::fs::Metadata| meta.dev() == self.device && meta.ino() == self.inode;
+        let ours = |meta: std::fs::Metadata| self.made == Some((meta.dev(), meta.ino()));
         if std::fs::symlink_metadata(&self.path).is_ok_and(ours)
             && let Err(e) = std::fs::remove_file(&self.path)
         {
@@ -221,6 +277,24 @@ mod tests {
 
     fn unix(path: &Path) -> ListenAddr {
         ListenAddr::Unix(path.to_owned())
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_was_passed_is_listened_on_and_its_file_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nbd.sock");
+        let made = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let (listener, addr) = Listener::adopt(made.into()).unwrap();
+        assert_eq!(addr, unix(&path));
+        let _client = UnixStream::connect(&path).await.unwrap();
+        assert!(listener.accept().await.is_ok());
+        drop(listener);
+        assert!(path.exists());
+        let made = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let bound = ListenAddr::Tcp(made.local_addr().unwrap());
+        assert_eq!(Listener::adopt(made.into()).unwrap().1, bound);
+        let file = std::fs::File::create(dir.path().join("file")).unwrap();
+        assert!(matches!(Listener::adopt(file.into()), Err(ListenError::Passed(_))));
     }
 
     #[tokio::test]

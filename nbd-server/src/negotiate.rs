@@ -90,6 +90,14 @@ pub enum CloseReason {
     TooManyOptions,
 }
 
+impl CloseReason {
+    /// The client broke a rule, and did not only ask for what there is not.
+    #[must_use]
+    pub fn is_violation(&self) -> bool {
+        !matches!(self, Self::Aborted | Self::ExportNameRefused { .. })
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     ClientFlags,

@@ -21,8 +21,11 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
 use crate::context::Contexts;
+use crate::desk::Desk;
 use crate::export::{Admission, Attached, ExportInfo, Exports, Peer, Replies};
+use crate::limits::{ClientHost, ConnectionLimits};
 use crate::listen::{Accepted, ListenAddr, ListenError, Listener};
+use crate::misbehaviour::{Guest, Kind, Misbehaviour};
 use crate::negotiate::{CloseReason, Negotiation, OPTION_BYTES_MAX, Progress, Want};
 use crate::session::Session;
 
@@ -43,12 +46,19 @@ pub struct ServerOptions {
     /// Highest file descriptor that a connection may get; one with a higher number is closed at once. Leaves
     /// descriptors to what the process needs besides clients, since the kernel gives out the lowest free one.
     pub descriptor_max: i32,
+    /// Most connections at once, from accept to their end.
+    pub connections: ConnectionLimits,
 }
 
 impl Default for ServerOptions {
-    /// 10 seconds, 256 connections, any descriptor.
+    /// 10 seconds, 256 negotiations, any descriptor, and the default limits on connections.
     fn default() -> Self {
-        Self { negotiation_timeout: Duration::from_secs(10), negotiations_max: 256, descriptor_max: i32::MAX }
+        Self {
+            negotiation_timeout: Duration::from_secs(10),
+            negotiations_max: 256,
+            descriptor_max: i32::MAX,
+            connections: ConnectionLimits::default(),
+        }
     }
 }
 
@@ -58,6 +68,7 @@ pub struct Server {
     stop: watch::Sender<bool>,
     loops: JoinSet<()>,
     addrs: Vec<ListenAddr>,
+    watch: Arc<Misbehaviour>,
 }
 
 impl Server {
@@ -70,8 +81,26 @@ impl Server {
         exports: Arc<dyn Exports>,
         options: ServerOptions,
     ) -> Result<Self, ListenError> {
-        let mut listeners = Vec::with_capacity(listen.len());
-        let mut addrs = Vec::with_capacity(listen.len());
+        Self::start_on(Vec::new(), listen, exports, options).await
+    }
+
+    /// The same, with sockets besides that listen already. Whoever made them keeps their files.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start), or one of the sockets does not listen.
+    pub async fn start_on(
+        sockets: Vec<OwnedFd>,
+        listen: &[ListenAddr],
+        exports: Arc<dyn Exports>,
+        options: ServerOptions,
+    ) -> Result<Self, ListenError> {
+        let mut listeners = Vec::with_capacity(sockets.len() + listen.len());
+        let mut addrs = Vec::with_capacity(sockets.len() + listen.len());
+        for socket in sockets {
+            let (listener, addr) = Listener::adopt(socket)?;
+            addrs.push(addr);
+            listeners.push(listener);
+        }
         for addr in listen {
             let listener = Listener::bind(addr).await?;
             // A bound socket has an address; where the kernel does not tell, what was asked for stands.
@@ -80,18 +109,26 @@ impl Server {
         }
         let (stop, stopped) = watch::channel(false);
         let mut loops = JoinSet::new();
+        let desk = Desk::new(exports, options.connections);
+        let watch = Arc::clone(desk.watch());
         for listener in listeners {
-            let acceptor = Acceptor { listener, exports: Arc::clone(&exports), options };
+            let acceptor = Acceptor { listener, desk: desk.clone(), options };
             loops.spawn(acceptor.run(stopped.clone()));
         }
-        Ok(Self { stop, loops, addrs })
+        Ok(Self { stop, loops, addrs, watch })
     }
 
-    /// The addresses that it listens on, in the order given to [`start`](Self::start); ports chosen by the
+    /// The addresses that it listens on: those of sockets that it was given, then those that it was to listen on; ports chosen by the
     /// kernel are filled in.
     #[must_use]
     pub fn addrs(&self) -> &[ListenAddr] {
         &self.addrs
+    }
+
+    /// What its clients do wrong, and how many are connected.
+    #[must_use]
+    pub fn misbehaviour(&self) -> &Arc<Misbehaviour> {
+        &self.watch
     }
 
     /// Stops accepting, ends negotiations under way, removes unix socket files. Connections that were handed
@@ -104,7 +141,7 @@ impl Server {
 
 struct Acceptor {
     listener: Listener,
-    exports: Arc<dyn Exports>,
+    desk: Desk,
     options: ServerOptions,
 }
 
@@ -112,38 +149,43 @@ impl Acceptor {
     async fn run(self, mut stopped: watch::Receiver<bool>) {
         // Dropping the set at the end aborts the negotiations that are still under way.
         let mut negotiations = JoinSet::new();
-        let mut by_age: VecDeque<(Instant, AbortHandle)> = VecDeque::new();
+        let mut by_age: VecDeque<(Instant, ClientHost, AbortHandle)> = VecDeque::new();
         loop {
-            by_age.retain(|(_, negotiation)| !negotiation.is_finished());
+            by_age.retain(|(.., negotiation)| !negotiation.is_finished());
             let room = by_age.len() < self.options.negotiations_max.max(1);
-            let oldest = by_age.front().map_or_else(Instant::now, |(since, _)| *since);
+            let oldest = by_age.front().map_or_else(Instant::now, |(since, ..)| *since);
             let accepted = tokio::select! {
                 _ = stopped.wait_for(|stop| *stop) => return,
                 Some(_) = negotiations.join_next(), if !negotiations.is_empty() => continue,
                 () = tokio::time::sleep_until(oldest + CROWDED_TIMEOUT), if !room => {
-                    if let Some((_, negotiation)) = by_age.pop_front() {
+                    if let Some((_, host, negotiation)) = by_age.pop_front() {
                         negotiation.abort();
+                        self.cut_short(host);
                     }
                     continue;
                 }
                 accepted = self.listener.accept(), if room => accepted,
             };
             match accepted {
-                Ok((stream, peer)) if stream.descriptor() > self.options.descriptor_max => {
-                    tracing::warn!(
-                        peer,
-                        "NBD connection refused: too many open files; end clients or raise the limit of open \
-                         files (LimitNOFILE=, ulimit -n)"
-                    );
+                Ok((stream, host, peer)) if stream.descriptor() > self.options.descriptor_max => {
                     drop(stream);
+                    self.desk.watch().note(Kind::RefusedDescriptors, host, || {
+                        format!(
+                            "NBD client {peer} refused: too many open files; end clients or raise the limit of \
+                             open files (LimitNOFILE=, ulimit -n)"
+                        )
+                    });
                     // Who connects again at once must not fill the log.
                     tokio::time::sleep(ACCEPT_RETRY_PAUSE).await;
                 }
-                Ok((stream, peer)) => {
-                    let exports = Arc::clone(&self.exports);
+                Ok((stream, host, peer)) => {
+                    let Some(received) = self.desk.receive(host, &peer) else { continue };
                     let timeout = self.options.negotiation_timeout;
-                    let serving = async move { serve(stream, &peer, exports.as_ref(), timeout).await };
-                    by_age.push_back((Instant::now(), negotiations.spawn(serving)));
+                    let timeout = if received.refusal { timeout.min(CROWDED_TIMEOUT) } else { timeout };
+                    let serving = async move {
+                        serve(stream, &peer, received.exports.as_ref(), timeout, received.guest).await;
+                    };
+                    by_age.push_back((Instant::now(), host, negotiations.spawn(serving)));
                 }
                 Err(e) => {
                     tracing::warn!("cannot accept an NBD connection: {e}");
@@ -151,6 +193,18 @@ impl Acceptor {
                 }
             }
         }
+    }
+}
+
+impl Acceptor {
+    /// A negotiation was ended because others wait for its place.
+    fn cut_short(&self, host: ClientHost) {
+        self.desk.watch().note(Kind::HandshakeTimeout, host, || {
+            format!(
+                "an NBD client on {host} was closed: others wait, and its handshake was not done within \
+                 {CROWDED_TIMEOUT:?}"
+            )
+        });
     }
 }
 
@@ -163,7 +217,7 @@ struct Agreed {
 }
 
 /// One connection from accept to hand-over.
-async fn serve(mut stream: Accepted, peer: &str, exports: &dyn Exports, timeout: Duration) {
+async fn serve(mut stream: Accepted, peer: &str, exports: &dyn Exports, timeout: Duration, guest: Guest) {
     let from = match stream.peer() {
         Ok(from) => from,
         Err(e) => return tracing::debug!(peer, "NBD connection lost before its negotiation: {e}"),
@@ -177,14 +231,20 @@ async fn serve(mut stream: Accepted, peer: &str, exports: &dyn Exports, timeout:
     let Agreed { info, replies, contexts, admission } = match tokio::time::timeout(timeout, negotiation).await
     {
         Ok(Ok(Ok(agreed))) => agreed,
-        Ok(Ok(Err(reason))) => return tracing::debug!(peer, "NBD negotiation ended: {reason}"),
+        Ok(Ok(Err(reason))) => {
+            tracing::debug!(peer, "NBD negotiation ended: {reason}");
+            if reason.is_violation() {
+                guest.broke_handshake(&reason.to_string());
+            }
+            return;
+        }
         Ok(Err(e)) => return tracing::debug!(peer, "NBD connection lost in the negotiation: {e}"),
-        Err(_) => return tracing::debug!(peer, "NBD negotiation not done within {timeout:?}, closed"),
+        Err(_) => return guest.was_slow(timeout),
     };
     match into_fd(stream) {
         Ok(fd) => {
             tracing::debug!(peer, export = info.name, "NBD client attached");
-            let protocol = Box::new(Session::new(&info, replies).with_contexts(contexts));
+            let protocol = Box::new(Session::new(&info, replies).with_contexts(contexts).with_guest(guest));
             admission.attach(Attached { fd, protocol, peer: peer.to_owned() });
         }
         Err(e) => tracing::warn!(peer, "cannot hand over an NBD connection: {e}"),

@@ -5,12 +5,15 @@
 //! It never closes a connection for a request that is merely refused; only a wrong magic does, because then
 //! nothing on the stream can be trusted any more, and a payload so long that nobody means it.
 
-use blkrepl_engine::reactor::client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
+use std::sync::Arc;
+
+use blkrepl_engine::reactor::client::{Answer, ClientFrame, ClientProtocol, End, FrontOp, FrontRequest};
 use blkrepl_engine::replica::ClientError;
 use blkrepl_engine::types::Extent;
 
 use crate::context::{Contexts, Descriptors, MetaContext};
 use crate::export::{ExportInfo, Replies};
+use crate::misbehaviour::Guest;
 use crate::proto::{
     self, EXTENDED_REQUEST_LEN, ExtendedRequestHeader as Header, NbdErrno, REQUEST_LEN, RequestHeader,
 };
@@ -31,6 +34,8 @@ pub struct Session {
     read_only: bool,
     replies: Replies,
     contexts: Contexts,
+    /// Whose connection it is; `None` where nobody counts.
+    guest: Option<Arc<Guest>>,
 }
 
 impl Session {
@@ -44,6 +49,7 @@ impl Session {
             read_only: export.read_only,
             replies,
             contexts: Contexts::NONE,
+            guest: None,
         }
     }
 
@@ -52,6 +58,13 @@ impl Session {
     #[must_use]
     pub fn with_contexts(mut self, contexts: Contexts) -> Self {
         self.contexts = if self.replies == Replies::Simple { Contexts::NONE } else { contexts };
+        self
+    }
+
+    /// The same for a client whose place is given back when the session is dropped, and whose mistakes are counted.
+    #[must_use]
+    pub(crate) fn with_guest(mut self, guest: Guest) -> Self {
+        self.guest = Some(Arc::new(guest));
         self
     }
 
@@ -286,9 +299,19 @@ impl ClientProtocol for Session {
     }
 
     fn parse(&mut self, header: &[u8]) -> ClientFrame {
-        match self.decode(header) {
+        let frame = match self.decode(header) {
             Ok(header) => self.frame(&header),
             Err(text) => ClientFrame::Violation(text),
+        };
+        if let (ClientFrame::Violation(text), Some(guest)) = (&frame, &self.guest) {
+            guest.broke_protocol(text);
+        }
+        frame
+    }
+
+    fn closed(&mut self, end: End) {
+        if let Some(guest) = &self.guest {
+            guest.was_closed(end);
         }
     }
 
@@ -298,7 +321,13 @@ impl ClientProtocol for Session {
 
     fn reply(&mut self, request: &FrontRequest, answer: Answer<'_>, out: &mut Vec<u8>) {
         match answer {
-            Answer::Error(error) => self.put_error(request, self.errno(error, request.op), out),
+            Answer::Error(error) => {
+                let error = self.errno(error, request.op);
+                if let Some(guest) = &self.guest {
+                    guest.was_refused(request, error);
+                }
+                self.put_error(request, error, out);
+            }
             Answer::Data if self.replies != Replies::Simple => self.put_data_header(request, out),
             Answer::Zeroes => self.put_hole(request, out),
             Answer::Extents(extents) => self.put_status(request, extents, out),

@@ -7,6 +7,8 @@
 pub mod client;
 pub mod server;
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -217,6 +219,9 @@ pub struct NodeView {
     pub peer: String,
     /// NBD address.
     pub nbd: String,
+    /// What its clients did since its process started, by name; `null` on a witness, and if it did not answer.
+    #[serde(default)]
+    pub clients: Option<BTreeMap<String, u64>>,
 }
 
 /// One volume.

@@ -106,8 +106,9 @@ prop_compose! {
         (id, boot) in any::<(u64, u64)>(),
         (reachable, leader) in any::<(bool, bool)>(),
         (name, kind, control, peer, nbd) in any::<(String, String, String, String, String)>(),
+        clients in option::of(btree_map(any::<String>(), any::<u64>(), 0..3)),
     ) -> NodeView {
-        NodeView { id, name, kind, reachable, leader, boot, control, peer, nbd }
+        NodeView { id, name, kind, reachable, leader, boot, control, peer, nbd, clients }
     }
 }
 

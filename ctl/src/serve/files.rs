@@ -8,6 +8,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use blkrepl_engine::meta::Superblock;
 use blkrepl_engine::reactor::{
@@ -266,13 +267,14 @@ pub fn start(
     me: Member,
     os_boot: u128,
     failed: Option<String>,
+    idle_max: Option<Duration>,
     hooks: Box<Hooks>,
 ) -> Result<VolumeHandle, ReactorError> {
     let Opened { name, volume, .. } = opened;
     let OpenVolume { files, image, identity_changed } = volume;
     let data_replaced = identity_changed;
     let core = move |now: Nanos| Replica::new(Boot { me, os_boot, image, data_replaced, failed, now });
-    reactor::spawn(core, files, hooks, ReactorOptions::new(&name))
+    reactor::spawn(core, files, hooks, ReactorOptions { idle_max, ..ReactorOptions::new(&name) })
 }
 
 /// The slot of this node's replica, and those of the others.

@@ -83,7 +83,8 @@ async fn daemon(config: NodeConfig) -> anyhow::Result<()> {
     let control = start_control(&config, os_boot).await?;
     let incarnation = control.incarnation();
     let mut failed = control.failed();
-    let node = Node::new(config, control, Arc::clone(&events), os_boot);
+    let clients = sockets.nbd.as_ref().map(|nbd| Arc::clone(nbd.misbehaviour()));
+    let node = Node::new(config, control, Arc::clone(&events), os_boot, clients);
     let asked = Arc::clone(&node);
     node.control.set_admin_handler(Arc::new(move |call| {
         let node = Arc::clone(&asked);
@@ -153,7 +154,12 @@ impl Sockets {
         })?;
         let mut listen = vec![ListenAddr::Unix(config.nbd_unix.clone())];
         listen.extend(config.nbd_tcp.map(ListenAddr::Tcp));
-        let options = ServerOptions { descriptor_max: descriptors_for_clients(), ..ServerOptions::default() };
+        let options = ServerOptions {
+            descriptor_max: descriptors_for_clients(),
+            connections: config.nbd.connections,
+            negotiation_timeout: config.nbd.handshake_timeout,
+            ..ServerOptions::default()
+        };
         let nbd = Server::start(&listen, exports, options).await?;
         Ok(Self { peers: Some(peers), nbd: Some(nbd), admin })
     }

@@ -21,6 +21,7 @@ use blkrepl_engine::types::{
     Epoch, Health, Incarnation, LineageId, Member, NodeId, Proposal, ProposalOutcome, Reign, ReplicaReport,
     ReplicaStatus, SuperblockTrust, VolumeId,
 };
+use blkrepl_nbd::Misbehaviour;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
@@ -50,6 +51,8 @@ pub struct Node {
     pub os_boot: u128,
     /// Which clients may write to the volumes served here.
     pub attachments: Attachments,
+    /// What its NBD clients do; `None` on a witness.
+    pub clients: Option<Arc<Misbehaviour>>,
     volumes: Mutex<BTreeMap<VolumeId, Slot>>,
     stopping: AtomicBool,
 }
@@ -110,13 +113,20 @@ impl blkrepl_engine::reactor::VolumeHooks for Hooks {
 
 impl Node {
     /// A node whose volumes are not opened yet. To be called within the runtime.
-    pub fn new(config: NodeConfig, control: Control, events: Arc<EventLog>, os_boot: u128) -> Arc<Self> {
+    pub fn new(
+        config: NodeConfig,
+        control: Control,
+        events: Arc<EventLog>,
+        os_boot: u128,
+        clients: Option<Arc<Misbehaviour>>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             config,
             control,
             events,
             os_boot,
             attachments: Attachments::new(tokio::runtime::Handle::current()),
+            clients,
             volumes: Mutex::default(),
             stopping: AtomicBool::new(false),
         })
@@ -178,7 +188,8 @@ impl Node {
             })
             .collect();
         let blocked = self.control.leader_view().map(|v| v.blocked.into_iter().collect()).unwrap_or_default();
-        OwnReplicas { replicas, blocked }
+        let clients = self.clients.as_ref().map(|clients| clients.counts()).unwrap_or_default();
+        OwnReplicas { replicas, blocked, clients }
     }
 
     /// Follows cluster state and leases until the task is dropped.
@@ -311,7 +322,9 @@ impl Node {
         let (to_node, from_volume) = mpsc::unbounded_channel();
         let hooks = Box::new(Hooks(to_node));
         let failed = self.lock().get(&id).and_then(|slot| slot.failed.clone());
-        let starting = tokio::task::spawn_blocking(move || files::start(opened, me, os_boot, failed, hooks));
+        let idle_max = self.config.nbd.idle_timeout;
+        let starting =
+            tokio::task::spawn_blocking(move || files::start(opened, me, os_boot, failed, idle_max, hooks));
         let handle = starting.await.map_err(|e| anyhow::anyhow!("starting it panicked: {e}"))??;
         let redial = sessions::Redial::start(Arc::clone(self), id, handle.clone());
         let pump = tokio::spawn(Arc::clone(self).pump(id, name, handle.clone(), redial.clone(), from_volume));

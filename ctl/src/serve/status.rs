@@ -30,6 +30,9 @@ pub struct OwnReplicas {
     pub replicas: Vec<OwnReplica>,
     /// From the Raft leader: why volumes without a live primary stay without one.
     pub blocked: Vec<(VolumeId, String)>,
+    /// What the node's NBD clients did since its start, by name; nothing from a node of an earlier release.
+    #[serde(default)]
+    pub clients: BTreeMap<String, u64>,
 }
 
 impl OwnReplicas {
@@ -77,6 +80,7 @@ impl Gathered<'_> {
             control: n.addrs.control.clone(),
             peer: n.addrs.peer.clone(),
             nbd: n.addrs.nbd.clone(),
+            clients: self.answers.get(&n.id).map(|a| a.clients.clone()).filter(|counts| !counts.is_empty()),
         }
     }
 
@@ -391,6 +395,17 @@ pub(super) mod tests {
         let alone = view(&cluster(&[1]), 2, vec![(2, own(2, false, vec![]))]);
         assert!(alone.volumes[0].note.as_deref().is_some_and(|n| n.contains("promote vol0 --force")));
         assert_eq!(alone.volumes[0].replicas[1].dirty_bytes, None, "nobody who knows answered");
+    }
+
+    #[test]
+    fn what_clients_did_is_told_of_nodes_that_answered() {
+        let clients = BTreeMap::from([("violations".to_string(), 3)]);
+        let one = OwnReplicas { clients: clients.clone(), ..own(1, true, vec![]) };
+        let v = view(&cluster(&[1]), 1, vec![(1, one), (3, OwnReplicas::default())]);
+        assert_eq!(
+            [&v.nodes[0].clients, &v.nodes[1].clients, &v.nodes[2].clients],
+            [&Some(clients), &None, &None]
+        );
     }
 
     #[test]

@@ -223,6 +223,20 @@ impl TestServer {
         }
     }
 
+    /// One of the server's counters.
+    pub fn count(&self, name: &str) -> u64 {
+        self.server.as_ref().unwrap().misbehaviour().counts()[name]
+    }
+
+    /// Waits until a counter has a value, ten seconds at most.
+    pub fn await_count(&self, name: &str, wanted: u64) {
+        let end = std::time::Instant::now() + Duration::from_secs(10);
+        while self.count(name) != wanted {
+            assert!(std::time::Instant::now() < end, "{name} is {}, not {wanted}", self.count(name));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     pub fn connect(&self) -> NbdClient {
         NbdClient::connect(&self.unix("vol0"), quick()).unwrap()
     }
