@@ -15,11 +15,12 @@ use crate::cli::{
     Cli, ClusterCommand, Command, EXIT_DONE, EXIT_FAILED, EventsArgs, NodeCommand, VolumeCommand,
 };
 use crate::events::EventRecord;
+use crate::serve::passed::Passed;
 use crate::{bench, config, demo, dev, init, render, serve};
 
-/// Runs the command; 0 done, 1 refused or failed (2, wrong usage, is clap's).
-pub fn main(cli: Cli) -> ExitCode {
-    match dispatch(&cli) {
+/// Runs the command, with the sockets that a service manager passed, of which only a node makes use; 0 done, 1 refused or failed (2, wrong usage, is clap's).
+pub fn main(cli: Cli, passed: Result<Vec<Passed>, String>) -> ExitCode {
+    match dispatch(&cli, passed) {
         Ok(()) => ExitCode::from(EXIT_DONE),
         Err(error) if is_broken_pipe(&error) => ExitCode::from(EXIT_DONE),
         Err(error) => {
@@ -48,11 +49,11 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-fn dispatch(cli: &Cli) -> anyhow::Result<()> {
+fn dispatch(cli: &Cli, passed: Result<Vec<Passed>, String>) -> anyhow::Result<()> {
     match &cli.command {
         Command::Serve(args) => {
             set_up_log("info");
-            serve::run(config::load(&args.config)?)
+            serve::run(config::load(&args.config)?, passed.map_err(anyhow::Error::msg)?)
         }
         Command::Init(args) => {
             let config = config::load(&args.config)?;

@@ -11,6 +11,7 @@ pub mod client_host;
 pub mod exports;
 pub mod files;
 pub mod node;
+pub mod passed;
 pub mod peers;
 pub mod sessions;
 pub mod status;
@@ -33,6 +34,7 @@ use crate::node_dir::{DirLock, PID_FILE};
 use crate::ops::{self, Ops};
 use exports::NodeExports;
 use node::Node;
+use passed::Passed;
 use peers::PeerGate;
 
 /// File descriptors that are kept from clients: connections of other nodes and operators (128 each, and 64
@@ -41,11 +43,11 @@ const DESCRIPTORS_KEPT: i32 = 384;
 /// How long volumes get for a clean stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Runs a node until SIGTERM or SIGINT.
+/// Runs a node until SIGTERM or SIGINT; NBD listens on the sockets that were passed, if any.
 ///
 /// # Errors
 /// It cannot start (directory, ports, store), or did not stop cleanly.
-pub fn run(config: NodeConfig) -> anyhow::Result<()> {
+pub fn run(config: NodeConfig, passed: Vec<Passed>) -> anyhow::Result<()> {
     let lock = DirLock::take(&config.dir, PID_FILE, "daemon")?;
     end_with_any_panic();
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -53,7 +55,7 @@ pub fn run(config: NodeConfig) -> anyhow::Result<()> {
         .max_blocking_threads(16)
         .build()
         .context("cannot start the runtime")?;
-    let result = runtime.block_on(daemon(config));
+    let result = runtime.block_on(daemon(config, passed));
     runtime.shutdown_timeout(Duration::from_millis(500));
     drop(lock);
     result
@@ -73,12 +75,12 @@ fn end_with_any_panic() {
     }));
 }
 
-async fn daemon(config: NodeConfig) -> anyhow::Result<()> {
+async fn daemon(config: NodeConfig, passed: Vec<Passed>) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let events = Arc::new(EventLog::new(&config.name));
     let exports = Arc::new(NodeExports::default());
-    let sockets = Sockets::bind(&config, Arc::clone(&exports)).await?;
+    let sockets = Sockets::bind(&config, Arc::clone(&exports), passed).await?;
     let os_boot = os_boot_id()?;
     let control = start_control(&config, os_boot).await?;
     let incarnation = control.incarnation();
@@ -139,9 +141,14 @@ struct Sockets {
 }
 
 impl Sockets {
-    async fn bind(config: &NodeConfig, exports: Arc<NodeExports>) -> anyhow::Result<Self> {
+    async fn bind(
+        config: &NodeConfig,
+        exports: Arc<NodeExports>,
+        passed: Vec<Passed>,
+    ) -> anyhow::Result<Self> {
         let admin = admin::listen(&config.admin)?;
         if config.kind == Kind::Witness {
+            anyhow::ensure!(passed.is_empty(), "a witness serves no clients; let no socket unit start it");
             return Ok(Self { peers: None, nbd: None, admin });
         }
         let peers = TcpListener::bind(config.peer).await.with_context(|| {
@@ -160,7 +167,8 @@ impl Sockets {
             negotiation_timeout: config.nbd.handshake_timeout,
             ..ServerOptions::default()
         };
-        let nbd = Server::start(&listen, exports, options).await?;
+        let (sockets, listen) = passed::for_nbd(passed, listen)?;
+        let nbd = Server::start_on(sockets, &listen, exports, options).await?;
         Ok(Self { peers: Some(peers), nbd: Some(nbd), admin })
     }
 }
