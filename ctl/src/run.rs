@@ -18,7 +18,8 @@ use crate::events::EventRecord;
 use crate::serve::passed::Passed;
 use crate::{bench, config, demo, dev, init, render, serve};
 
-/// Runs the command, with the sockets that a service manager passed, of which only a node makes use; 0 done, 1 refused or failed (2, wrong usage, is clap's).
+/// Runs the command, with the sockets that a service manager passed, of which only a node makes use.
+/// 0 done, 1 refused or failed (2, wrong usage, is clap's).
 pub fn main(cli: Cli, passed: Result<Vec<Passed>, String>) -> ExitCode {
     match dispatch(&cli, passed) {
         Ok(()) => ExitCode::from(EXIT_DONE),

@@ -118,8 +118,8 @@ impl Server {
         Ok(Self { stop, loops, addrs, watch })
     }
 
-    /// The addresses that it listens on: those of sockets that it was given, then those that it was to listen on; ports chosen by the
-    /// kernel are filled in.
+    /// The addresses that it listens on: those of sockets that it was given, then those that it was to bind.
+    /// Ports chosen by the kernel are filled in.
     #[must_use]
     pub fn addrs(&self) -> &[ListenAddr] {
         &self.addrs

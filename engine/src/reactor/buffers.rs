@@ -6,8 +6,9 @@
 //! completion that never comes keeps its buffer for ever, whatever else closes or is released.
 //!
 //! Client traffic is bounded: [`Buffers::reserve`] refuses beyond [`BUFFER_BYTES_MAX`], and the caller
-//! then stops reading from clients (back-pressure, never loss). An [`Account`] says what each of them holds. Operations of the replica itself
-//! (resync, repair, metadata, peers) are bounded by the core and may always allocate.
+//! then stops reading from clients (back-pressure, never loss). An [`Account`] says what each of them holds.
+//! Operations of the replica itself (resync, repair, metadata, peers) are bounded by the core and may always
+//! allocate.
 //!
 //! Part of the memory is one arena in pieces of [`PIECE_LEN`], each of which the ring registers when a disk
 //! operation first uses it: registered memory is resident, and an idle volume shall not take what a busy one

@@ -665,7 +665,8 @@ impl Clients {
         self.select(|c| c.holds_up() && c.owes_since.is_some_and(over))
     }
 
-    /// Connections that have asked nothing for too long, with nothing in flight. Looked for now and then only.
+    /// Connections that have asked nothing for too long, with nothing in flight. They are searched a few times in
+    /// that time.
     pub(super) fn idle(&mut self, now: Nanos) -> Vec<ConnId> {
         let Some(idle_max) = self.idle_max else { return Vec::new() };
         if now < self.idle_check {
