@@ -13,6 +13,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::export::Peer;
+
 /// Most connections of a node unless it is told otherwise.
 pub const CONNECTIONS_MAX: usize = 4096;
 /// Most connections of one client host unless it is told otherwise: as many as a volume takes.
@@ -28,10 +30,9 @@ pub(crate) enum ClientHost {
 }
 
 impl ClientHost {
-    /// The host of an address; an IPv4 address stays one host, however it is written.
-    pub(crate) fn of(addr: IpAddr) -> Self {
-        let addr = addr.to_canonical();
-        if addr.is_loopback() { Self::Local } else { Self::Remote(addr) }
+    /// The host that a connection comes from.
+    pub(crate) fn of(peer: Peer) -> Self {
+        peer.elsewhere().map_or(Self::Local, Self::Remote)
     }
 }
 
@@ -154,16 +155,7 @@ mod tests {
     use super::*;
 
     fn remote(last: u8) -> ClientHost {
-        ClientHost::of(IpAddr::from([10, 0, 0, last]))
-    }
-
-    #[test]
-    fn this_machine_is_one_host_and_an_address_is_one_however_it_is_written() {
-        for local in ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"] {
-            assert_eq!(ClientHost::of(local.parse().unwrap()), ClientHost::Local);
-        }
-        assert_eq!(ClientHost::of("::ffff:10.0.0.7".parse().unwrap()), remote(7));
-        assert_ne!(remote(7), remote(8));
+        ClientHost::Remote(IpAddr::from([10, 0, 0, last]))
     }
 
     #[test]

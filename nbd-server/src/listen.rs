@@ -8,7 +8,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -21,7 +21,6 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 use crate::export::Peer;
 use crate::keepalive;
-use crate::limits::ClientHost;
 
 /// Longest path of a unix socket in bytes, by the size of the kernel's `sun_path` less its final NUL.
 const UNIX_PATH_MAX: usize = 107;
@@ -129,17 +128,6 @@ pub(crate) enum Accepted {
 }
 
 impl Accepted {
-    /// Where it comes from.
-    pub(crate) fn peer(&self) -> io::Result<Peer> {
-        match self {
-            Self::Tcp(stream) => {
-                let (remote, local) = (stream.peer_addr()?.ip(), stream.local_addr()?.ip());
-                Ok(Peer::Tcp { remote, local })
-            }
-            Self::Unix(_) => Ok(Peer::Unix),
-        }
-    }
-
     /// Number of its file descriptor.
     pub(crate) fn descriptor(&self) -> i32 {
         match self {
@@ -195,9 +183,9 @@ impl Listener {
         }
     }
 
-    /// Waits for a connection; gives it with the client's host, and its name for logs. Cancelling loses no
-    /// connection.
-    pub(crate) async fn accept(&self) -> io::Result<(Accepted, ClientHost, String)> {
+    /// Waits for a connection; gives it with where it comes from, and its name for logs. Cancelling loses
+    /// no connection.
+    pub(crate) async fn accept(&self) -> io::Result<(Accepted, Peer, String)> {
         match self {
             Self::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
@@ -207,14 +195,16 @@ impl Listener {
                 if let Err(error) = keepalive::watch(&stream) {
                     tracing::debug!(%peer, %error, "an NBD client's socket cannot be watched");
                 }
-                Ok((Accepted::Tcp(stream), ClientHost::of(peer.ip()), peer.to_string()))
+                // A connection without it is gone, which shows soon enough, too.
+                let local = stream.local_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |addr| addr.ip());
+                Ok((Accepted::Tcp(stream), Peer::Tcp { remote: peer.ip(), local }, peer.to_string()))
             }
             Self::Unix(listener, file) => {
                 let (stream, _) = listener.accept().await?;
                 let pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
                 let pid = pid.map_or_else(String::new, |pid| format!(" (pid {pid})"));
                 let peer = format!("unix:{}{pid}", file.path.display());
-                Ok((Accepted::Unix(stream), ClientHost::Local, peer))
+                Ok((Accepted::Unix(stream), Peer::Unix, peer))
             }
         }
     }

@@ -245,7 +245,7 @@ mod tests {
     use crate::limits::ConnectionLimits;
 
     fn host(n: u32) -> ClientHost {
-        ClientHost::of(IpAddr::from((0x0a00_0000 + n).to_be_bytes()))
+        ClientHost::Remote(IpAddr::from((0x0a00_0000 + n).to_be_bytes()))
     }
 
     #[test]

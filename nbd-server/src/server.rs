@@ -166,8 +166,9 @@ impl Acceptor {
                 }
                 accepted = self.listener.accept(), if room => accepted,
             };
+            let accepted = accepted.map(|(stream, from, peer)| (stream, from, ClientHost::of(from), peer));
             match accepted {
-                Ok((stream, host, peer)) if stream.descriptor() > self.options.descriptor_max => {
+                Ok((stream, _, host, peer)) if stream.descriptor() > self.options.descriptor_max => {
                     drop(stream);
                     self.desk.watch().note(Kind::RefusedDescriptors, host, || {
                         format!(
@@ -178,12 +179,13 @@ impl Acceptor {
                     // Who connects again at once must not fill the log.
                     tokio::time::sleep(ACCEPT_RETRY_PAUSE).await;
                 }
-                Ok((stream, host, peer)) => {
+                Ok((stream, from, host, peer)) => {
                     let Some(received) = self.desk.receive(host, &peer) else { continue };
                     let timeout = self.options.negotiation_timeout;
                     let timeout = if received.refusal { timeout.min(CROWDED_TIMEOUT) } else { timeout };
                     let serving = async move {
-                        serve(stream, &peer, received.exports.as_ref(), timeout, received.guest).await;
+                        serve((stream, from), &peer, received.exports.as_ref(), timeout, received.guest)
+                            .await;
                     };
                     by_age.push_back((Instant::now(), host, negotiations.spawn(serving)));
                 }
@@ -217,11 +219,13 @@ struct Agreed {
 }
 
 /// One connection from accept to hand-over.
-async fn serve(mut stream: Accepted, peer: &str, exports: &dyn Exports, timeout: Duration, guest: Guest) {
-    let from = match stream.peer() {
-        Ok(from) => from,
-        Err(e) => return tracing::debug!(peer, "NBD connection lost before its negotiation: {e}"),
-    };
+async fn serve(
+    (mut stream, from): (Accepted, Peer),
+    peer: &str,
+    exports: &dyn Exports,
+    timeout: Duration,
+    guest: Guest,
+) {
     let negotiation = async {
         match &mut stream {
             Accepted::Tcp(stream) => negotiate(stream, from, exports).await,
