@@ -97,6 +97,8 @@ pub struct ExportInfo {
     pub max_payload: u32,
     /// Writes are refused.
     pub read_only: bool,
+    /// It lies on a disk that turns.
+    pub rotational: bool,
 }
 
 impl ExportInfo {
@@ -111,6 +113,7 @@ impl ExportInfo {
             preferred_block: 4096,
             max_payload: proto::PAYLOAD_MAX_DEFAULT,
             read_only: false,
+            rotational: false,
         }
     }
 
@@ -130,9 +133,10 @@ impl ExportInfo {
             | proto::NBD_FLAG_SEND_WRITE_ZEROES
             | proto::NBD_FLAG_SEND_CACHE
             | proto::NBD_FLAG_CAN_MULTI_CONN;
+        let rotational = if self.rotational { proto::NBD_FLAG_ROTATIONAL } else { 0 };
         let read_only = if self.read_only { proto::NBD_FLAG_READ_ONLY } else { 0 };
         let whole = if replies == Replies::Simple { 0 } else { proto::NBD_FLAG_SEND_DF };
-        base | read_only | whole
+        base | read_only | rotational | whole
     }
 }
 

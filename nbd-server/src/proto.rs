@@ -41,6 +41,8 @@ pub const NBD_FLAG_READ_ONLY: u16 = 1 << 1;
 pub const NBD_FLAG_SEND_FLUSH: u16 = 1 << 2;
 /// Transmission flag: `NBD_CMD_FLAG_FUA` works.
 pub const NBD_FLAG_SEND_FUA: u16 = 1 << 3;
+/// Transmission flag: the export lies on a disk that turns, so that order matters.
+pub const NBD_FLAG_ROTATIONAL: u16 = 1 << 4;
 /// Transmission flag: `NBD_CMD_TRIM` works.
 pub const NBD_FLAG_SEND_TRIM: u16 = 1 << 5;
 /// Transmission flag: `NBD_CMD_WRITE_ZEROES` works.

@@ -162,6 +162,8 @@ fn the_transmission_flags_are_those_that_are_kept() {
         let flags = ExportInfo::new("vol0", SIZE).transmission_flags(replies);
         assert_eq!(flags, 0b101_1110_1101, "and DF");
     }
+    let turning = ExportInfo { rotational: true, ..ExportInfo::new("vol0", SIZE) };
+    assert_eq!(turning.transmission_flags(Replies::Simple) ^ flags, NBD_FLAG_ROTATIONAL);
 }
 
 #[test]

@@ -17,8 +17,16 @@ use crate::wait::wait_until;
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// What is said of one export only, not of the server.
-const OWN: [&str; 7] =
-    ["export-name", "uri", "export-size", "export-size-str", "content", "description", "canonical-name"];
+const OWN: [&str; 8] = [
+    "export-name",
+    "uri",
+    "export-size",
+    "export-size-str",
+    "content",
+    "description",
+    "canonical-name",
+    "is_rotational",
+];
 
 /// Names of features, with what is said of each.
 pub type Features = BTreeMap<String, String>;

@@ -86,7 +86,10 @@ impl Exports for NodeExports {
         let client = client_host(&state, node.config.id, peer);
         match node.attachments.refusal(volume, &client) {
             Some(refusal) => Err(ExportRefusal::Policy(refusal)),
-            None => Ok(ExportInfo::new(volume.name.clone(), volume.geometry.size())),
+            None => Ok(ExportInfo {
+                rotational: node.is_rotational(volume.id),
+                ..ExportInfo::new(volume.name.clone(), volume.geometry.size())
+            }),
         }
     }
 

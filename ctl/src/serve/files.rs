@@ -7,6 +7,7 @@
 //! operator gave up, [`remove_first`] for those that never belonged to a committed volume. Everything here blocks.
 
 use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -85,6 +86,20 @@ pub struct Opened {
     volume: OpenVolume,
     /// What people should know about how they were found.
     pub notes: Vec<String>,
+    /// The data lies on a disk that turns.
+    pub rotational: bool,
+}
+
+/// The disk under a file, or the one that it is, turns: so the kernel says, of a partition by the disk that has it. Not
+/// known is no.
+fn is_rotational(data: &Path) -> bool {
+    let Ok(meta) = std::fs::metadata(data) else { return false };
+    let device = if meta.file_type().is_block_device() { meta.rdev() } else { meta.dev() };
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    ["queue", "../queue"].iter().any(|queue| {
+        let path = format!("/sys/dev/block/{major}:{minor}/{queue}/rotational");
+        std::fs::read_to_string(path).is_ok_and(|text| text.trim() == "1")
+    })
 }
 
 /// Opens the files; makes them if neither exists.
@@ -108,7 +123,12 @@ pub fn open_or_create(place: &Place, wanted: &Wanted<'_>) -> Result<Opened, Open
     };
     match reactor::open(&place.paths, &expected, LOCK_WAIT_DEFAULT) {
         // What is odd about the metadata is told by the core, as events.
-        Ok(volume) => Ok(Opened { name: place.name.clone(), volume, notes: Vec::new() }),
+        Ok(volume) => Ok(Opened {
+            name: place.name.clone(),
+            volume,
+            notes: Vec::new(),
+            rotational: is_rotational(&place.paths.data),
+        }),
         // A making of the files that was interrupted: the metadata file comes last, and nothing was ever
         // written to the data file. The engine refuses to take over a data file with content.
         Err(reactor::OpenError::Missing { part: reactor::Part::Meta, .. })
@@ -154,7 +174,7 @@ pub fn create(place: &Place, wanted: &Wanted<'_>) -> Result<Opened, OpenError> {
         notes
             .push("this node held a replica before and its files are gone: everything is copied".to_string());
     }
-    Ok(Opened { name: place.name.clone(), volume, notes })
+    Ok(Opened { name: place.name.clone(), volume, notes, rotational: is_rotational(&place.paths.data) })
 }
 
 /// Makes the files of a volume that is about to be created, with `me` as its first member, and closes them

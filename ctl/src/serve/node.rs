@@ -76,6 +76,8 @@ enum Phase {
 
 struct Running {
     handle: VolumeHandle,
+    /// Its data lies on a disk that turns.
+    rotational: bool,
     sessions: sessions::Redial,
     tasks: Vec<AbortHandle>,
 }
@@ -158,6 +160,11 @@ impl Node {
             Phase::Running(running) => Some(running.handle.clone()),
             _ => None,
         }
+    }
+
+    /// The data of a volume that runs here lies on a disk that turns.
+    pub fn is_rotational(&self, volume: VolumeId) -> bool {
+        matches!(self.lock().get(&volume), Some(Slot { phase: Phase::Running(r), .. }) if r.rotational)
     }
 
     /// Why a volume's replica does not run here, if it failed.
@@ -316,6 +323,7 @@ impl Node {
         .await
         .map_err(|e| anyhow::anyhow!("opening its files panicked: {e}"))?;
         let opened = opened?;
+        let rotational = opened.rotational;
         for note in &opened.notes {
             self.events.record(Some(&name), Happening::new("opened", note.clone()));
         }
@@ -328,7 +336,7 @@ impl Node {
         let handle = starting.await.map_err(|e| anyhow::anyhow!("starting it panicked: {e}"))??;
         let redial = sessions::Redial::start(Arc::clone(self), id, handle.clone());
         let pump = tokio::spawn(Arc::clone(self).pump(id, name, handle.clone(), redial.clone(), from_volume));
-        Ok(Running { handle, sessions: redial, tasks: vec![pump.abort_handle()] })
+        Ok(Running { handle, rotational, sessions: redial, tasks: vec![pump.abort_handle()] })
     }
 
     /// Carries what a volume's thread says to where it belongs.
