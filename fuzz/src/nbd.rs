@@ -38,7 +38,7 @@ impl Exports for Shelf {
         self.0.iter().map(|export| export.name.clone()).collect()
     }
 
-    fn open(&self, name: &str, _: Peer) -> Result<ExportInfo, ExportRefusal> {
+    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
         match name {
             "policy" => Err(ExportRefusal::Policy(format!("{name} is not served here"))),
             "shutdown" => Err(ExportRefusal::Shutdown),
@@ -62,7 +62,7 @@ pub fn nbd_negotiation(data: &[u8]) -> Verdict {
     let mut input = Input::new(data);
     let exports = Shelf::new(input.u8() % 4);
     let mut out = Vec::new();
-    let mut negotiation = Negotiation::new(Peer::Unix, &mut out);
+    let mut negotiation = Negotiation::new(&mut out);
     assert_eq!(out.len(), GREETING_LEN);
     loop {
         out.clear();
@@ -92,7 +92,7 @@ pub fn nbd_negotiation(data: &[u8]) -> Verdict {
             Progress::Continue => check_replies(&out),
             Progress::Transmission(info, replies, contexts) => {
                 assert!(replies != Replies::Simple || contexts.is_empty(), "contexts need chunks");
-                assert_eq!(exports.open(&info.name, Peer::Unix).as_ref(), Ok(&info));
+                assert_eq!(exports.open(&info.name).as_ref(), Ok(&info));
                 // The answer to NBD_OPT_EXPORT_NAME has a form of its own.
                 if ![10, 10 + EXPORT_NAME_ZEROES].contains(&out.len()) {
                     check_replies(&out);

@@ -76,7 +76,7 @@ impl Exports for NoRoom {
         self.exports.list()
     }
 
-    fn open(&self, _name: &str, _peer: Peer) -> Result<ExportInfo, ExportRefusal> {
+    fn open(&self, _name: &str) -> Result<ExportInfo, ExportRefusal> {
         Err(ExportRefusal::Policy(self.full.to_string()))
     }
 

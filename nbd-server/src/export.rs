@@ -51,12 +51,11 @@ pub trait Exports: Send + Sync + 'static {
     /// Names of all volumes that the node has a replica of, primary or not.
     fn list(&self) -> Vec<String>;
 
-    /// What a client is told about the volume `name`, if it may be served here and now, to a client that
-    /// comes from `peer`.
+    /// What a client is told about the volume `name`, if it is served here and now.
     ///
     /// # Errors
     /// Why it may not; becomes the error reply to the client's option.
-    fn open(&self, name: &str, peer: Peer) -> Result<ExportInfo, ExportRefusal>;
+    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal>;
 
     /// Decides whether one connection from `peer` may enter the transmission phase of the volume `name` (which is
     /// [`ExportInfo::name`]). Takes what it takes; whoever does not want to wait drops it, and nothing stays of it.

@@ -13,7 +13,7 @@
 use thiserror::Error;
 
 use crate::context::{Contexts, MetaRequest};
-use crate::export::{ExportInfo, ExportRefusal, Exports, Peer, Replies};
+use crate::export::{ExportInfo, ExportRefusal, Exports, Replies};
 use crate::proto::{self, be16, be32, be64, parse_string};
 
 /// Longest option data that is looked at, in bytes: a longest name, and two longest queries for metadata contexts
@@ -111,7 +111,6 @@ enum State {
 /// One negotiation.
 #[derive(Clone, Debug)]
 pub struct Negotiation {
-    peer: Peer,
     state: State,
     admitting: Option<Entering>,
     fixed_newstyle: bool,
@@ -145,15 +144,14 @@ struct Selection {
 }
 
 impl Negotiation {
-    /// Begins a negotiation with a client that comes from `peer`, and appends the server's greeting to `out`.
+    /// Begins a negotiation and appends the server's greeting to `out`.
     #[must_use]
-    pub fn new(peer: Peer, out: &mut Vec<u8>) -> Self {
+    pub fn new(out: &mut Vec<u8>) -> Self {
         out.extend_from_slice(&proto::NBDMAGIC.to_be_bytes());
         out.extend_from_slice(&proto::IHAVEOPT.to_be_bytes());
         let flags = proto::NBD_FLAG_FIXED_NEWSTYLE | proto::NBD_FLAG_NO_ZEROES;
         out.extend_from_slice(&flags.to_be_bytes());
         Self {
-            peer,
             state: State::ClientFlags,
             admitting: None,
             fixed_newstyle: false,
@@ -403,7 +401,7 @@ impl Negotiation {
             put_error(out, option, proto::NBD_REP_ERR_INVALID, text);
             return None;
         };
-        match open(exports, request.name, self.peer) {
+        match open(exports, request.name) {
             Ok(info) => Some((info, request)),
             Err(refusal) => {
                 put_refusal(out, option, &refusal);
@@ -419,7 +417,7 @@ impl Negotiation {
         let Some(name) = parse_string(data) else {
             return Progress::Close(CloseReason::ExportNameMalformed);
         };
-        match open(exports, name, self.peer) {
+        match open(exports, name) {
             Ok(info) => self.ask(info, Entry::ExportName(name.to_owned())),
             Err(refusal) => {
                 Progress::Close(CloseReason::ExportNameRefused { name: name.to_owned(), refusal })
@@ -449,7 +447,7 @@ impl Negotiation {
             put_error(out, option, proto::NBD_REP_ERR_INVALID, text);
             return Progress::Continue;
         };
-        match open(exports, request.name, self.peer) {
+        match open(exports, request.name) {
             Ok(info) if option == proto::NBD_OPT_GO => {
                 return self.ask(info, Entry::Go(request.wanted.to_vec()));
             }
@@ -507,13 +505,13 @@ fn put_infos(out: &mut Vec<u8>, option: u32, info: &ExportInfo, replies: Replies
 }
 
 /// Opens an export; the empty name means the only one.
-fn open(exports: &dyn Exports, name: &str, peer: Peer) -> Result<ExportInfo, ExportRefusal> {
+fn open(exports: &dyn Exports, name: &str) -> Result<ExportInfo, ExportRefusal> {
     if !name.is_empty() {
-        return exports.open(name, peer);
+        return exports.open(name);
     }
     let mut names = exports.list();
     match (names.pop(), names.len()) {
-        (Some(only), 0) => exports.open(&only, peer),
+        (Some(only), 0) => exports.open(&only),
         (None, _) => Err(ExportRefusal::Unknown("this node has no volume".into())),
         (Some(_), others) => Err(ExportRefusal::Unknown(format!(
             "no export name was given and this node has {} volumes; name one of them",

@@ -262,7 +262,7 @@ async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
     exports: &dyn Exports,
 ) -> io::Result<Result<Agreed, CloseReason>> {
     let mut out = Vec::new();
-    let mut machine = Negotiation::new(from, &mut out);
+    let mut machine = Negotiation::new(&mut out);
     let mut admission = None;
     // Most negotiations need a few hundred bytes; grows to the largest option data at most.
     let mut buf = vec![0; 256];

@@ -184,7 +184,7 @@ fn a_request_allocates_nothing_in_steady_state() {
     let (socket, there) = UnixStream::pair().unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let session = Box::new(Session::new(&ExportInfo::new("vol0", SIZE), Replies::Simple));
-    let (theirs, guard) = (OwnedFd::from(there), Box::new(()));
+    let (theirs, guard) = (OwnedFd::from(there), Box::new(|_| ()));
     primary.client_connected(NewClient {
         key: ClientKey(1),
         socket: theirs,

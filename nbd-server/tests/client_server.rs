@@ -364,7 +364,7 @@ fn attached_over_tcp() -> (Attached, NbdClient) {
         fn list(&self) -> Vec<String> {
             vec!["vol0".into()]
         }
-        fn open(&self, name: &str, _: Peer) -> Result<ExportInfo, ExportRefusal> {
+        fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
             Ok(ExportInfo::new(name, MIB as u64))
         }
         fn admit(&self, _: &str, _: Peer) -> Admitting {

@@ -22,7 +22,7 @@ impl Exports for Fixed {
         self.0.iter().map(ToString::to_string).collect()
     }
 
-    fn open(&self, name: &str, _: Peer) -> Result<ExportInfo, ExportRefusal> {
+    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
         match name {
             _ if !self.0.contains(&name) => Err(ExportRefusal::Unknown(format!("no volume {name:?}"))),
             "away" => Err(ExportRefusal::Policy(POLICY_TEXT.into())),
@@ -53,7 +53,7 @@ fn feed(input: &[u8], exports: &dyn Exports) -> Outcome {
 /// The same, with this answer to every wish for an admission.
 fn feed_with(mut input: &[u8], exports: &dyn Exports, admitted: Result<(), ExportRefusal>) -> Outcome {
     let mut out = Vec::new();
-    let mut machine = Negotiation::new(Peer::Unix, &mut out);
+    let mut machine = Negotiation::new(&mut out);
     assert_eq!(out.len(), GREETING_LEN);
     out.clear();
     let mut progress = Progress::Continue;
@@ -149,7 +149,7 @@ fn export_reply() -> Vec<u8> {
 #[test]
 fn the_greeting_is_fixed_newstyle_without_zeroes() {
     let mut out = Vec::new();
-    let machine = Negotiation::new(Peer::Unix, &mut out);
+    let machine = Negotiation::new(&mut out);
     assert_eq!(out, b"NBDMAGICIHAVEOPT\x00\x03");
     assert_eq!(machine.wants(), Want::Bytes(4));
 }
@@ -650,7 +650,7 @@ fn a_refusal_longer_than_a_string_may_be_is_cut() {
         fn list(&self) -> Vec<String> {
             vec!["y".repeat(STRING_BYTES_MAX + 1), "short".into()]
         }
-        fn open(&self, _: &str, _: Peer) -> Result<ExportInfo, ExportRefusal> {
+        fn open(&self, _: &str) -> Result<ExportInfo, ExportRefusal> {
             Err(ExportRefusal::Policy(format!("x{}", "\u{e9}".repeat(STRING_BYTES_MAX))))
         }
         fn admit(&self, _: &str, _: Peer) -> Admitting {

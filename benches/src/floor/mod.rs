@@ -106,7 +106,7 @@ impl Exports for Door {
         vec![String::new()]
     }
 
-    fn open(&self, name: &str, _: Peer) -> Result<ExportInfo, ExportRefusal> {
+    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
         let info = ExportInfo::new(name, self.size);
         Ok(ExportInfo { min_block: 512, max_payload: REQUEST_BYTES_MAX, ..info })
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use blkrepl_engine::control::{Applied, ClusterOp};
+use blkrepl_engine::control::{Applied, CLIENT_LEN_MAX, ClusterOp};
 
 use super::{CHANGE_TIMEOUT, done, find, not_shown, submit};
 use crate::admin::{Done, SharingWord};
@@ -13,9 +13,12 @@ use crate::serve::node::Node;
 pub(super) async fn detach(node: &Arc<Node>, name: &str, client: &str) -> Result<Done, String> {
     let state = node.state();
     let id = find(&state, name)?.id;
-    let op = ClusterOp::Detach { volume: id, client: client.to_owned(), by: None };
+    if client.len() > CLIENT_LEN_MAX {
+        return Err(format!("no client's name has more than {CLIENT_LEN_MAX} bytes; see `blkrepl status`"));
+    }
+    let op = ClusterOp::Evict { volume: id, client: client.to_owned() };
     commit(node, name, op, "the detachment").await?;
-    let text = format!("volume {name} is no longer attached by {client}; its connections are closed");
+    let text = format!("volume {name} is no longer attached by {client}; the primary closes its connections");
     node.events.record(Some(name), Happening::new("detached", text.clone()));
     Ok(done(node, id, text))
 }

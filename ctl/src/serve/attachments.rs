@@ -4,8 +4,10 @@
 //! that it outlives the primary; the connections stand here. Rules kept:
 //! - a connection is handed to the volume's reactor only while cluster state, as applied here, lets its client in;
 //!   when it does no more, the connection is closed before any other client's is handed over;
-//! - an attachment ends when the last connection of its client ends on the primary, however it ended; but not when
-//!   the primary itself goes: then it waits [`ATTACHMENT_GRACE`] for its client at the next one;
+//! - an attachment ends when the last connection of its client has ended on the primary by the client's doing, or its
+//!   machine's; when the primary closed it, or went itself, it waits [`ATTACHMENT_GRACE`] for its client, here or at
+//!   the next primary;
+//! - a change that may still be on its way ends no attachment that its client has come back to;
 //! - changes of one volume's attachment are asked for one after the other (`gate`), so that a client that leaves and
 //!   one that comes do not overtake each other.
 //!
@@ -16,28 +18,30 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use blkrepl_engine::control::{Applied, ClusterOp, ClusterState, VolumeRecord};
-use blkrepl_engine::reactor::{ClientKey, NewClient};
+use blkrepl_engine::control::{Applied, Attachment, ClusterOp, ClusterState, SubmitError, VolumeRecord};
+use blkrepl_engine::reactor::{ClientKey, End, NewClient};
 use blkrepl_engine::types::{Member, Reign, VolumeId};
 use blkrepl_nbd::{Admission, Attached, ExportRefusal};
-use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use super::node::Node;
 use crate::events::Happening;
 
-/// How long an attachment waits for its client after the primary changed or restarted.
+/// How long an attachment waits for its client after the primary changed, restarted, or closed its connections.
 pub const ATTACHMENT_GRACE: Duration = Duration::from_secs(60);
 /// How long a client waits for the last connection of the one before it to end, before it is refused: that one may
 /// have hung up a moment ago.
 const HOLDER_PATIENCE: Duration = Duration::from_millis(500);
 /// How long a client whose connections an operator ended is not let in again, so that the client that is to have the
 /// volume next can come first: one that is alive connects again at once.
-const DETACHED_PAUSE: Duration = Duration::from_secs(10);
+const EVICTED_PAUSE: Duration = Duration::from_secs(10);
 /// How often a client that waits looks again.
 const HOLDER_POLL: Duration = Duration::from_millis(20);
 /// How long the state that shows an attachment may take to arrive here after its outcome.
 const STATE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long an attachment whose client is gone stays on record while nobody else comes: a client that comes and goes is
+/// not agreed on each time.
+const DETACH_DELAY: Duration = Duration::from_secs(3);
 /// How often attachments whose client is gone are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -45,7 +49,6 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 pub struct Attachments {
     tables: Mutex<BTreeMap<VolumeId, Table>>,
     keys: AtomicU64,
-    runtime: Handle,
 }
 
 /// One volume's.
@@ -54,12 +57,14 @@ struct Table {
     connections: BTreeMap<ClientKey, Connection>,
     /// The reign in which this node is primary, and since when.
     reign: Option<(Reign, Instant)>,
-    /// The client whose last connection ended in this reign.
-    ended: Option<String>,
-    /// Whom the volume was attached to, as last seen here.
-    holder: Option<String>,
-    /// A client whose connections an operator ended, and until when it is not let in again.
-    barred: Option<(String, Instant)>,
+    /// The client whose last connection ended in this reign, and from when on its attachment is over.
+    ended: Option<(String, Instant)>,
+    /// A client that an operator evicted, as cluster state names it, and until when it is not let in again.
+    evicted: Option<(String, Instant)>,
+    /// Whether an end that was asked for has come about is not known.
+    in_doubt: bool,
+    /// The client whose attachment was told of last.
+    told: Option<String>,
     /// Held while an attachment is changed.
     gate: Arc<tokio::sync::Mutex<()>>,
 }
@@ -77,41 +82,42 @@ impl Table {
 
     /// The attachment of `client` is over: it went while this node was primary, or did not come back in time.
     fn is_over(&self, client: &str, now: Instant) -> bool {
-        let late = || self.reign.is_some_and(|(_, since)| now >= since + ATTACHMENT_GRACE);
-        !self.connected(client) && (self.ended.as_deref() == Some(client) || late())
+        let went = match &self.ended {
+            Some((ended, over)) if ended == client => now >= *over,
+            _ => self.reign.is_some_and(|(_, since)| now >= since + ATTACHMENT_GRACE),
+        };
+        went && !self.connected(client)
     }
 
-    /// Notes in which reign this node is primary.
-    fn follow(&mut self, reign: Option<Reign>) {
+    /// Follows what cluster state says of the volume; returns the connections whose clients may not be served any
+    /// more.
+    fn follow(&mut self, record: Option<&VolumeRecord>, me: Member, now: Instant) -> Vec<ClientKey> {
+        let reign = record.filter(|v| v.primary == Some(me)).map(|v| v.reign);
         if self.reign.map(|(known, _)| known) != reign {
-            self.reign = reign.map(|reign| (reign, Instant::now()));
+            self.reign = reign.map(|reign| (reign, now));
             self.ended = None;
         }
-    }
-
-    /// Marks the connections whose clients may not be served any more; returns those newly marked.
-    fn revoke(&mut self, record: Option<&VolumeRecord>, now: Instant) -> Vec<ClientKey> {
-        let lets_in = |client: &str| record.is_some_and(|v| v.lets_in(client));
-        let mut keys = Vec::new();
-        for (key, connection) in &mut self.connections {
-            if connection.revoked || lets_in(&connection.client) {
-                continue;
-            }
-            connection.revoked = true;
-            keys.push(*key);
-            // It was attached, and has connections: so somebody else ended that.
-            if self.holder.as_ref() == Some(&connection.client) {
-                self.barred = Some((connection.client.clone(), now + DETACHED_PAUSE));
-            }
+        let evicted = record.and_then(|v| v.evicted.as_deref());
+        if self.evicted.as_ref().map(|(client, _)| client.as_str()) != evicted {
+            self.evicted = evicted.map(|client| (client.to_owned(), now + EVICTED_PAUSE));
         }
-        self.holder = record.and_then(|v| v.attached.clone());
-        keys
+        let lets_in = |client: &str| record.is_some_and(|v| v.lets_in(client));
+        let unwanted = self.connections.iter_mut().filter(|(_, c)| !c.revoked && !lets_in(&c.client));
+        unwanted
+            .map(|(key, connection)| {
+                connection.revoked = true;
+                *key
+            })
+            .collect()
     }
 
     /// Why a client may not be attached as things are; `None` if it may.
     fn refusal(&self, record: &VolumeRecord, client: &str, now: Instant) -> Option<String> {
-        match (&self.barred, &record.attached) {
-            (Some((barred, until)), _) if barred == client && now < *until => Some(format!(
+        if record.lets_in(client) {
+            return None;
+        }
+        match (&self.evicted, record.holder()) {
+            (Some((evicted, until)), _) if evicted == client && now < *until => Some(format!(
                 "volume {} was detached from {client} by an operator; {client} may attach it again in {} s",
                 record.name,
                 (*until - now).as_secs() + 1
@@ -122,38 +128,45 @@ impl Table {
     }
 }
 
+/// What an end of a connection says of its client.
+fn is_clients_end(end: End) -> bool {
+    match end {
+        End::Client | End::Violation | End::Idle => true,
+        // It may be there, and come back.
+        End::Unread | End::Stalled | End::Full | End::Server => false,
+    }
+}
+
 impl Attachments {
-    /// None yet; they are changed on `runtime`.
-    pub fn new(runtime: Handle) -> Self {
-        Self { tables: Mutex::default(), keys: AtomicU64::new(0), runtime }
+    /// None yet.
+    pub fn new() -> Self {
+        Self { tables: Mutex::default(), keys: AtomicU64::new(0) }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<VolumeId, Table>> {
         self.tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn gate(&self, volume: VolumeId) -> Arc<tokio::sync::Mutex<()>> {
-        Arc::clone(&self.lock().entry(volume).or_default().gate)
-    }
-
-    /// Why a client may not be served as things are; `None` if it may, or if that has to be asked for.
-    pub fn refusal(&self, record: &VolumeRecord, client: &str) -> Option<String> {
-        match self.lock().get(&record.id) {
-            Some(table) => table.refusal(record, client, Instant::now()),
-            None => record.refusal(client),
-        }
+    /// Does something with the table of a volume.
+    fn table<R>(&self, volume: VolumeId, body: impl FnOnce(&mut Table) -> R) -> R {
+        body(self.lock().entry(volume).or_default())
     }
 
     /// Follows cluster state: closes the connections of clients that may not be served any more.
     pub fn follow(&self, node: &Node, state: &ClusterState) {
-        let me = node.me();
+        let (me, now) = (node.me(), Instant::now());
         let mut unwanted = Vec::new();
-        for (&id, table) in self.lock().iter_mut() {
-            let record = state.volumes.get(&id);
-            table.follow(record.filter(|v| v.primary == Some(me)).map(|v| v.reign));
-            let keys = table.revoke(record, Instant::now());
-            if !keys.is_empty() {
-                unwanted.push((id, keys));
+        {
+            let mut tables = self.lock();
+            tables.retain(|id, table| state.volumes.contains_key(id) || !table.connections.is_empty());
+            for &id in state.volumes.keys() {
+                tables.entry(id).or_default();
+            }
+            for (&id, table) in tables.iter_mut() {
+                let keys = table.follow(state.volumes.get(&id), me, now);
+                if !keys.is_empty() {
+                    unwanted.push((id, keys));
+                }
             }
         }
         for (id, keys) in unwanted {
@@ -163,45 +176,40 @@ impl Attachments {
         }
     }
 
-    /// Begins to wait for the clients of volumes that this node became primary of.
-    fn adopt(&self, state: &ClusterState, me: Member) {
-        let mut tables = self.lock();
-        for record in state.volumes.values().filter(|v| v.attached.is_some() && v.primary == Some(me)) {
-            tables.entry(record.id).or_default().follow(Some(record.reign));
-        }
-    }
-
     /// Registers a connection, if cluster state lets its client in.
     fn register(&self, node: &Node, volume: VolumeId, client: &str) -> Option<ClientKey> {
-        let mut tables = self.lock();
-        // Read with the lock held: a change that comes later finds the connection here.
-        let state = node.state();
-        let record = state.volumes.get(&volume).filter(|v| v.lets_in(client))?;
-        let table = tables.entry(volume).or_default();
-        table.follow((record.primary == Some(node.me())).then_some(record.reign));
-        table.holder.clone_from(&record.attached);
-        if table.ended.as_deref() == Some(client) {
-            table.ended = None;
-        }
-        let key = ClientKey(self.keys.fetch_add(1, Ordering::Relaxed));
-        table.connections.insert(key, Connection { client: client.to_owned(), revoked: false });
-        Some(key)
+        self.table(volume, |table| {
+            // Read with the lock held: a change that comes later finds the connection here.
+            node.state().volumes.get(&volume).filter(|v| v.lets_in(client))?;
+            table.ended = table.ended.take().filter(|(ended, _)| ended != client);
+            let key = ClientKey(self.keys.fetch_add(1, Ordering::Relaxed));
+            table.connections.insert(key, Connection { client: client.to_owned(), revoked: false });
+            Some(key)
+        })
     }
 
     fn is_revoked(&self, volume: VolumeId, key: ClientKey) -> bool {
-        self.lock().get(&volume).and_then(|t| t.connections.get(&key)).is_some_and(|c| c.revoked)
+        self.table(volume, |t| t.connections.get(&key).is_none_or(|c| c.revoked))
     }
 
-    /// Forgets a connection. True if its client has no other one.
-    fn forget(&self, volume: VolumeId, key: ClientKey) -> bool {
-        let mut tables = self.lock();
-        let Some(table) = tables.get_mut(&volume) else { return false };
-        let Some(Connection { client, revoked }) = table.connections.remove(&key) else { return false };
-        let last = !revoked && !table.connected(&client);
-        if last {
-            table.ended = Some(client);
-        }
-        last
+    /// Forgets a connection. If its client has no other one, its attachment is over: now, or, if that was not the
+    /// client's doing, when it has not come back for a while.
+    fn forget(&self, volume: VolumeId, key: ClientKey, by_client: bool) {
+        let now = Instant::now();
+        self.table(volume, |table| {
+            if let Some(Connection { client, revoked: false }) = table.connections.remove(&key)
+                && !table.connected(&client)
+            {
+                let over = if by_client { now } else { now + ATTACHMENT_GRACE };
+                table.ended = Some((client, over));
+            }
+        });
+    }
+}
+
+impl Default for Attachments {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -210,30 +218,34 @@ struct Ticket {
     node: Arc<Node>,
     volume: VolumeId,
     key: ClientKey,
+    /// It ended by its client's doing; so it does until it is handed over.
+    by_client: bool,
 }
 
 impl Admission for Ticket {
-    fn attach(self: Box<Self>, client: Attached) {
+    fn attach(mut self: Box<Self>, client: Attached) {
         let (node, volume, key) = (Arc::clone(&self.node), self.volume, self.key);
-        let Some(handle) = node.handle(volume).filter(|_| !node.is_stopping()) else {
+        self.by_client = false;
+        // What revokes it runs on this thread, too: either it did so before, or it finds the connection there.
+        let serves = !node.is_stopping() && !node.attachments.is_revoked(volume, key);
+        let Some(handle) = node.handle(volume).filter(|_| serves) else {
             // Dropping the connection closes it; the client finds out where the volume went.
             return tracing::debug!(peer = client.peer, "the volume went away");
         };
         let Attached { fd, protocol, peer } = client;
-        handle.client_connected(NewClient { key, socket: fd, protocol, name: peer, guard: self });
-        // Whoever revoked it before it was handed over could not close it.
-        if node.attachments.is_revoked(volume, key) {
-            handle.end_clients(vec![key]);
-        }
+        // Dropped untold, it says nothing of the client.
+        let mut ticket = self;
+        let guard = Box::new(move |end| {
+            ticket.by_client = is_clients_end(end);
+            drop(ticket);
+        });
+        handle.client_connected(NewClient { key, socket: fd, protocol, name: peer, guard });
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        if self.node.attachments.forget(self.volume, self.key) {
-            let (node, volume) = (Arc::clone(&self.node), self.volume);
-            self.node.attachments.runtime.spawn(async move { settle(&node, volume).await });
-        }
+        self.node.attachments.forget(self.volume, self.key, self.by_client);
     }
 }
 
@@ -246,58 +258,91 @@ pub async fn admit(
     volume: VolumeId,
     client: &str,
 ) -> Result<Box<dyn Admission>, ExportRefusal> {
-    let gate = node.attachments.gate(volume);
-    let _turn = gate.lock().await;
     let give_up = Instant::now() + HOLDER_PATIENCE;
     loop {
-        let state = node.state();
-        let Some(record) = state.volumes.get(&volume) else {
-            return Err(ExportRefusal::Unknown("the volume is gone".into()));
-        };
-        if !record.lets_in(client) {
-            match node.attachments.refusal(record, client) {
-                Some(refusal) if Instant::now() >= give_up => return Err(ExportRefusal::Policy(refusal)),
-                Some(_) => {
-                    tokio::time::sleep(HOLDER_POLL).await;
-                    continue;
-                }
-                None => attach(node, record, client).await?,
-            }
+        match try_admit(node, volume, client).await {
+            Ok(admission) => return Ok(admission),
+            Err(Turned::Held(_)) if Instant::now() < give_up => tokio::time::sleep(HOLDER_POLL).await,
+            Err(Turned::Held(refusal)) => return Err(ExportRefusal::Policy(refusal)),
+            Err(Turned::Away(refusal)) => return Err(refusal),
         }
-        // What was applied meanwhile is enforced before anybody else is let in.
+    }
+}
+
+/// Why a client was not admitted.
+enum Turned {
+    /// Another client has the volume, or it was evicted: that may change.
+    Held(String),
+    /// It cannot be served.
+    Away(ExportRefusal),
+}
+
+async fn try_admit(node: &Arc<Node>, volume: VolumeId, client: &str) -> Result<Box<dyn Admission>, Turned> {
+    let gate = node.attachments.table(volume, |table| Arc::clone(&table.gate));
+    let _turn = gate.lock().await;
+    let state = node.state();
+    // What was applied is enforced before anybody else is let in.
+    node.attachments.follow(node, &state);
+    let Some(record) = state.volumes.get(&volume) else {
+        return Err(Turned::Away(ExportRefusal::Unknown("the volume is gone".into())));
+    };
+    let now = Instant::now();
+    let (refusal, in_doubt) =
+        node.attachments.table(volume, |table| (table.refusal(record, client, now), table.in_doubt));
+    if let Some(refusal) = refusal {
+        return Err(Turned::Held(refusal));
+    }
+    if !record.lets_in(client) || (in_doubt && !record.shared) {
+        let away = |why| Turned::Away(ExportRefusal::Policy(why));
+        attach(node, record, client).await.map_err(away)?;
         node.attachments.follow(node, &node.state());
-        if let Some(key) = node.attachments.register(node, volume, client) {
-            return Ok(Box::new(Ticket { node: Arc::clone(node), volume, key }));
-        }
+    }
+    match node.attachments.register(node, volume, client) {
+        Some(key) => Ok(Box::new(Ticket { node: Arc::clone(node), volume, key, by_client: true })),
+        None => Err(Turned::Held(format!("volume {} was detached from {client} just now", record.name))),
     }
 }
 
 /// Asks for an attachment, for that of its holder to be ended first, and waits until both show here.
-async fn attach(node: &Node, record: &VolumeRecord, client: &str) -> Result<(), ExportRefusal> {
-    let me = node.me();
-    if let Some(holder) = &record.attached {
-        detach(node, record, holder, me).await.map_err(ExportRefusal::Policy)?;
+async fn attach(node: &Node, record: &VolumeRecord, client: &str) -> Result<(), String> {
+    if let Some(holder) = record.attached.as_ref().filter(|held| held.client != client) {
+        detach(node, record, holder).await?;
     }
-    change(node, ClusterOp::Attach { volume: record.id, client: client.to_owned(), by: me })
-        .await
-        .map_err(ExportRefusal::Policy)?;
-    let text = format!("attached by {client}");
-    node.events.record(Some(&record.name), Happening::new("attached", text));
-    Ok(())
+    let op = ClusterOp::Attach { volume: record.id, client: client.to_owned(), by: node.me() };
+    let attached = change(node, op).await;
+    let told = node.attachments.table(record.id, |table| {
+        match attached {
+            // Whatever was on its way before comes too late now.
+            Ok(()) => table.in_doubt = false,
+            // It may have been agreed on all the same; then nobody is to wait for this client.
+            Err(_) if !table.connected(client) => table.ended = Some((client.to_owned(), Instant::now())),
+            Err(_) => {}
+        }
+        table.told.replace(client.to_owned())
+    });
+    // Once for each client: one that comes and goes all day must not be all that the events tell.
+    if attached.is_ok() && told.as_deref() != Some(client) {
+        let text = format!("attached by {client}");
+        node.events.record(Some(&record.name), Happening::new("attached", text));
+    }
+    attached
 }
 
-async fn detach(node: &Node, record: &VolumeRecord, client: &str, me: Member) -> Result<(), String> {
-    change(node, ClusterOp::Detach { volume: record.id, client: client.to_owned(), by: Some(me) }).await?;
-    let text = format!("no longer attached by {client}: its connections have ended");
-    node.events.record(Some(&record.name), Happening::new("detached", text));
-    Ok(())
+async fn detach(node: &Node, record: &VolumeRecord, attachment: &Attachment) -> Result<(), String> {
+    let op = ClusterOp::Detach { volume: record.id, attachment: attachment.clone(), by: node.me() };
+    node.attachments.table(record.id, |table| table.in_doubt = true);
+    let detached = change(node, op).await;
+    if detached.is_ok() {
+        node.attachments.table(record.id, |table| table.in_doubt = false);
+    }
+    detached
 }
 
 /// Has a command applied, here too.
 async fn change(node: &Node, op: ClusterOp) -> Result<(), String> {
     let index = match node.control.submit(op).await {
         Ok(Applied::Done { index, .. }) => index,
-        Ok(Applied::Refused(why)) => return Err(why),
+        Ok(Applied::Refused(why)) | Err(SubmitError::Refused(why)) => return Err(why),
         Err(error) => return Err(format!("the attachment cannot be agreed on: {error}; try again")),
     };
     let mut states = node.control.cluster_state();
@@ -308,20 +353,26 @@ async fn change(node: &Node, op: ClusterOp) -> Result<(), String> {
     }
 }
 
-/// Ends the attachment of a volume served here, if its client is gone.
+/// Ends the attachment of a volume served here, if its client has been gone for a while. If another client comes
+/// sooner, that one has it ended.
 async fn settle(node: &Node, volume: VolumeId) {
-    let gate = node.attachments.gate(volume);
+    let gate = node.attachments.table(volume, |table| Arc::clone(&table.gate));
     let _turn = gate.lock().await;
     let (state, me) = (node.state(), node.me());
     let Some(record) = state.volumes.get(&volume).filter(|v| v.primary == Some(me)) else { return };
-    let Some(holder) = &record.attached else { return };
-    let over = node.attachments.lock().get(&volume).is_some_and(|t| t.is_over(holder, Instant::now()));
+    let Some(attachment) = &record.attached else { return };
+    let Some(before) = Instant::now().checked_sub(DETACH_DELAY) else { return };
+    let over = node.attachments.table(volume, |table| table.is_over(&attachment.client, before));
     if !over || node.is_stopping() {
         return;
     }
     // Asked for again by the next sweep: without a quorum, or by another primary.
-    if let Err(why) = detach(node, record, holder, me).await {
-        tracing::debug!(volume = record.name, client = holder, "cannot end an attachment yet: {why}");
+    if let Err(why) = detach(node, record, attachment).await {
+        tracing::debug!(
+            volume = record.name,
+            client = attachment.client,
+            "an attachment cannot end yet: {why}"
+        );
     }
 }
 
@@ -331,7 +382,6 @@ pub async fn sweep(node: Arc<Node>) {
     loop {
         ticks.tick().await;
         let state = node.state();
-        node.attachments.adopt(&state, node.me());
         for record in state.volumes.values().filter(|v| v.attached.is_some() && v.primary == Some(node.me()))
         {
             settle(&node, record.id).await;
@@ -343,6 +393,7 @@ pub async fn sweep(node: Arc<Node>) {
 mod tests {
     use super::*;
     use crate::serve::status::tests::record;
+    use blkrepl_engine::types::LogIndex;
 
     fn table(connections: &[(u64, &str)]) -> Table {
         let connections = connections.iter().map(|(key, client)| {
@@ -351,12 +402,22 @@ mod tests {
         Table { connections: connections.collect(), ..Table::default() }
     }
 
+    fn held_by(client: Option<&str>) -> VolumeRecord {
+        let attached = client.map(|client| Attachment { client: client.into(), index: LogIndex(3) });
+        VolumeRecord { attached, ..record() }
+    }
+
+    /// The primary of [`record`].
+    fn me() -> Member {
+        record().primary.unwrap()
+    }
+
     #[test]
     fn an_attachment_is_over_when_its_client_went_from_this_primary() {
-        let mut t = table(&[(1, "a")]);
         let now = Instant::now();
-        t.follow(Some(Reign(4)));
-        t.ended = Some("a".into());
+        let mut t = table(&[(1, "a")]);
+        t.follow(Some(&held_by(Some("a"))), me(), now);
+        t.ended = Some(("a".into(), now));
         assert!(!t.is_over("a", now), "another connection of it is there");
         t.connections.clear();
         assert!(t.is_over("a", now));
@@ -365,68 +426,77 @@ mod tests {
 
     #[test]
     fn an_attachment_waits_for_its_client_after_a_change_of_primary_but_not_for_ever() {
-        let mut t = table(&[]);
-        t.follow(Some(Reign(4)));
-        t.ended = Some("a".into());
-        t.follow(None);
-        t.follow(Some(Reign(9)));
         let now = Instant::now();
+        let mut t = table(&[]);
+        let mut v = held_by(Some("a"));
+        t.follow(Some(&v), me(), now);
+        t.ended = Some(("a".into(), now));
+        v.primary = None;
+        t.follow(Some(&v), me(), now);
+        assert!(!t.is_over("a", now + 2 * ATTACHMENT_GRACE), "whoever is not primary waits for nobody");
+        (v.primary, v.reign) = (Some(me()), Reign(9));
+        t.follow(Some(&v), me(), now);
         assert!(!t.is_over("a", now), "its end was that of the primary before");
         assert!(t.is_over("a", now + ATTACHMENT_GRACE));
         // The same reign again is no new wait.
-        t.follow(Some(Reign(9)));
+        t.follow(Some(&v), me(), now + ATTACHMENT_GRACE);
         assert!(t.is_over("a", now + ATTACHMENT_GRACE));
         t.connections.insert(ClientKey(3), Connection { client: "a".into(), revoked: false });
         assert!(!t.is_over("a", now + ATTACHMENT_GRACE), "it came back");
     }
 
     #[test]
-    fn a_client_that_an_operator_detached_is_let_in_again_after_a_pause() {
-        let mut v = record();
-        let mut t = table(&[(1, "a"), (2, "a")]);
+    fn connections_that_the_server_closed_say_nothing_of_their_client() {
+        let attachments = Attachments::new();
+        let volume = record().id;
+        for (by_client, over_at_once) in [(true, true), (false, false)] {
+            attachments.lock().insert(volume, table(&[(1, "a"), (2, "a")]));
+            attachments.forget(volume, ClientKey(1), by_client);
+            assert!(!attachments.table(volume, |t| t.is_over("a", Instant::now())), "one is left");
+            attachments.forget(volume, ClientKey(2), by_client);
+            let now = Instant::now();
+            let over = |at| attachments.table(volume, |t| t.is_over("a", at));
+            assert_eq!((over(now), over(now + ATTACHMENT_GRACE)), (over_at_once, true));
+        }
+        assert!(is_clients_end(End::Client) && !is_clients_end(End::Server) && !is_clients_end(End::Unread));
+    }
+
+    #[test]
+    fn a_client_that_an_operator_evicted_is_let_in_again_after_a_pause() {
         let now = Instant::now();
-        v.attached = Some("a".into());
-        assert_eq!(t.revoke(Some(&v), now), []);
-        v.attached = None;
-        assert_eq!(t.revoke(Some(&v), now), [ClientKey(1), ClientKey(2)]);
-        assert_eq!(t.revoke(Some(&v), now), [], "once");
-        assert!(t.refusal(&v, "a", now).is_some_and(|why| why.contains("detached from a")));
-        assert_eq!(t.refusal(&v, "b", now), None);
-        assert_eq!(t.refusal(&v, "a", now + DETACHED_PAUSE), None);
+        for connections in [&[(1, "a"), (2, "a")][..], &[]] {
+            let mut t = table(connections);
+            assert_eq!(t.follow(Some(&held_by(Some("a"))), me(), now), []);
+            let v = VolumeRecord { evicted: Some("a".into()), ..held_by(None) };
+            assert_eq!(t.follow(Some(&v), me(), now).len(), connections.len());
+            assert_eq!(t.follow(Some(&v), me(), now), [], "once");
+            assert!(t.refusal(&v, "a", now).is_some_and(|why| why.contains("detached from a")));
+            assert_eq!(t.refusal(&v, "b", now), None);
+            assert_eq!(t.refusal(&v, "a", now + EVICTED_PAUSE), None);
+            let shared = VolumeRecord { shared: true, ..v };
+            assert_eq!(t.refusal(&shared, "a", now), None);
+        }
     }
 
     #[test]
     fn a_client_that_becomes_one_of_several_no_more_may_be_the_one() {
-        let mut v = record();
-        let mut t = table(&[(1, "a"), (2, "b")]);
         let now = Instant::now();
-        v.shared = true;
-        assert_eq!(t.revoke(Some(&v), now), []);
-        v.shared = false;
-        assert_eq!(t.revoke(Some(&v), now).len(), 2);
-        assert_eq!((t.refusal(&v, "a", now), t.refusal(&v, "b", now)), (None, None));
+        let mut t = table(&[(1, "a"), (2, "b")]);
+        assert_eq!(t.follow(Some(&VolumeRecord { shared: true, ..record() }), me(), now), []);
+        assert_eq!(t.follow(Some(&record()), me(), now).len(), 2);
+        assert_eq!((t.refusal(&record(), "a", now), t.refusal(&record(), "b", now)), (None, None));
     }
 
     #[test]
     fn another_client_is_refused_until_the_one_before_is_over() {
-        let mut v = record();
-        let mut t = table(&[(1, "a")]);
         let now = Instant::now();
-        v.attached = Some("a".into());
-        t.follow(Some(Reign(1)));
-        t.revoke(Some(&v), now);
+        let (mut t, v) = (table(&[(1, "a")]), held_by(Some("a")));
+        t.follow(Some(&v), me(), now);
         assert_eq!(t.refusal(&v, "a", now), None);
         assert!(t.refusal(&v, "b", now).is_some_and(|why| why.contains("attached by a")));
         t.connections.clear();
         assert!(t.refusal(&v, "b", now).is_some(), "it may come back");
-        t.ended = Some("a".into());
+        t.ended = Some(("a".into(), now));
         assert_eq!(t.refusal(&v, "b", now), None);
-    }
-
-    #[test]
-    fn whoever_is_not_primary_waits_for_nobody() {
-        let mut t = table(&[]);
-        t.follow(None);
-        assert!(!t.is_over("a", Instant::now() + 2 * ATTACHMENT_GRACE));
     }
 }

@@ -1,10 +1,10 @@
 //! How clients are told apart: by the machine that they are on.
 //!
 //! Pure. NBD has no names of clients, so what is told apart is hosts: connections over the unix socket and over
-//! loopback are from the node's own machine; others are from where their address says. An address that belongs to a
-//! node of the cluster names that node, so that a client on a node's machine is the same one, whichever node it
-//! reaches and by whichever way. Nodes that share an address (all on loopback, say) are on one machine, which has
-//! the name of the first of them.
+//! loopback are from the node's own machine; others are from where their address says. An address of a node's names
+//! that node, so that a client on a node's machine is the same one, whichever node it reaches and by whichever way.
+//! Nodes whose control planes have one address are on one machine, which has the name of the first of them; an `nbd`
+//! address that several machines share (one that moves with the service) is nobody's.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -15,28 +15,36 @@ use blkrepl_nbd::Peer;
 
 /// The host of a client that has connected to the node `here` from `peer`: a node's name or an address.
 pub fn client_host(state: &ClusterState, here: NodeId, peer: Peer) -> String {
-    let addrs = match peer.elsewhere() {
-        Some(addr) => BTreeSet::from([addr]),
-        None => state.nodes.get(&here).map(addresses).unwrap_or_default(),
+    let Some(addr) = peer.elsewhere() else {
+        let me = state.nodes.get(&here);
+        return me.map_or_else(|| state.node_label(here), |node| machine(state, node));
     };
-    let named = state.nodes.values().find(|node| !addresses(node).is_disjoint(&addrs));
-    match (named, peer.elsewhere()) {
-        (Some(node), _) => node.name.clone(),
-        (None, Some(addr)) => addr.to_string(),
-        (None, None) => state.node_label(here),
+    let with = |of: fn(&NodeRecord) -> Vec<&str>| -> BTreeSet<String> {
+        let nodes = state.nodes.values();
+        let found = nodes.filter(|node| of(node).into_iter().filter_map(ip).any(|ip| ip == addr));
+        found.map(|node| machine(state, node)).collect()
+    };
+    let mut machines = with(|node| vec![&node.addrs.control, &node.addrs.peer]);
+    if machines.is_empty() {
+        machines = with(|node| vec![&node.addrs.nbd]);
+    }
+    match (machines.pop_first(), machines.is_empty()) {
+        (Some(only), true) => only,
+        _ => addr.to_string(),
     }
 }
 
-/// The addresses of the machine that a node is on. Loopback, which every machine has, tells nothing beside others.
-fn addresses(node: &NodeRecord) -> BTreeSet<IpAddr> {
-    let addrs = &node.addrs;
-    let parsed = [&addrs.control, &addrs.peer, &addrs.nbd].into_iter().filter_map(|text| text.parse().ok());
-    let mut found: BTreeSet<IpAddr> = parsed.map(|addr: SocketAddr| addr.ip().to_canonical()).collect();
-    found.retain(|addr| !addr.is_unspecified());
-    if found.iter().any(|addr| !addr.is_loopback()) {
-        found.retain(|addr| !addr.is_loopback());
-    }
-    found
+/// The name of the machine that a node is on: that of the first node whose control plane has the same address.
+fn machine(state: &ClusterState, node: &NodeRecord) -> String {
+    let own = ip(&node.addrs.control);
+    let same = |other: &&NodeRecord| own.is_some() && ip(&other.addrs.control) == own;
+    state.nodes.values().find(same).unwrap_or(node).name.clone()
+}
+
+/// The address in `host:port`, if the host is one.
+fn ip(text: &str) -> Option<IpAddr> {
+    let addr: SocketAddr = text.parse().ok()?;
+    Some(addr.ip().to_canonical())
 }
 
 #[cfg(test)]
@@ -100,10 +108,15 @@ mod tests {
         }
     }
 
+    /// A service address that moves with the primary, and ones that say nothing.
     #[test]
-    fn a_wildcard_or_loopback_beside_an_address_is_nobodys() {
-        let s =
-            state([node(1, "10.0.0.1:7101", "127.0.0.1:10809"), node(2, "10.0.0.2:7101", "0.0.0.0:10809")]);
-        assert_eq!(client_host(&s, NodeId(2), tcp("127.0.0.1", "127.0.0.1")), "n2");
+    fn an_nbd_address_that_several_machines_have_is_nobodys() {
+        for nbd in ["10.0.0.100:10809", "127.0.0.1:10809", "0.0.0.0:10809"] {
+            let s = state([node(1, "10.0.0.1:7101", nbd), node(2, "10.0.0.2:7101", nbd)]);
+            assert_eq!(client_host(&s, NodeId(2), Peer::Unix), "n2");
+            assert_eq!(client_host(&s, NodeId(2), tcp("127.0.0.1", "127.0.0.1")), "n2");
+            assert_eq!(client_host(&s, NodeId(2), tcp("10.0.0.1", "10.0.0.100")), "n1");
+            assert_eq!(client_host(&s, NodeId(2), tcp("10.0.0.100", "10.0.0.2")), "10.0.0.100");
+        }
     }
 }

@@ -75,7 +75,7 @@ impl Exports for NodeExports {
         names
     }
 
-    fn open(&self, name: &str, peer: Peer) -> Result<ExportInfo, ExportRefusal> {
+    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
         let node = self.node()?;
         let state = node.state();
         let volume = find(&state, name)?;
@@ -83,14 +83,10 @@ impl Exports for NodeExports {
         if !serving {
             return Err(ExportRefusal::Policy(refusal(&state, volume, &node.config.name)));
         }
-        let client = client_host(&state, node.config.id, peer);
-        match node.attachments.refusal(volume, &client) {
-            Some(refusal) => Err(ExportRefusal::Policy(refusal)),
-            None => Ok(ExportInfo {
-                rotational: node.is_rotational(volume.id),
-                ..ExportInfo::new(volume.name.clone(), volume.geometry.size())
-            }),
-        }
+        Ok(ExportInfo {
+            rotational: node.is_rotational(volume.id),
+            ..ExportInfo::new(volume.name.clone(), volume.geometry.size())
+        })
     }
 
     fn admit(&self, name: &str, peer: Peer) -> Admitting {

@@ -114,7 +114,7 @@ impl blkrepl_engine::reactor::VolumeHooks for Hooks {
 }
 
 impl Node {
-    /// A node whose volumes are not opened yet. To be called within the runtime.
+    /// A node whose volumes are not opened yet.
     pub fn new(
         config: NodeConfig,
         control: Control,
@@ -127,7 +127,7 @@ impl Node {
             control,
             events,
             os_boot,
-            attachments: Attachments::new(tokio::runtime::Handle::current()),
+            attachments: Attachments::new(),
             clients,
             volumes: Mutex::default(),
             stopping: AtomicBool::new(false),

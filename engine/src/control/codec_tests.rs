@@ -17,7 +17,7 @@ use super::super::command::{Applied, ClusterOp, Command, Leadership, Prepared, R
 use super::super::lease::Grant;
 use super::super::raft::{Entry, LogId, RaftNode, Response, SnapshotMeta, StoredMembership, Vote};
 use super::super::rpc::{Renewal, Reply, ReplyBody, Request, RequestBody, Sender, read_frame, write_frame};
-use super::super::state::{NodeAddrs, NodeKind, NodeRecord, StoreId};
+use super::super::state::{Attachment, NodeAddrs, NodeKind, NodeRecord, StoreId};
 use super::*;
 use crate::types::{
     ClusterId, Durability, Epoch, Geometry, Health, Incarnation, LineageId, LogIndex, Member, NodeId,
@@ -173,13 +173,16 @@ fn volume_op() -> BoxedStrategy<ClusterOp> {
 
 /// The commands about clients.
 fn client_op() -> impl Strategy<Value = ClusterOp> {
-    (volume(), ".{0,9}", option::of(member()), any::<bool>()).prop_map(
-        |(volume, client, by, attach)| match by {
-            Some(by) if attach => ClusterOp::Attach { volume, client, by },
-            None if client.is_empty() => ClusterOp::Share { volume, shared: attach },
-            by => ClusterOp::Detach { volume, client, by },
-        },
-    )
+    let fields = (volume(), ".{0,9}", member(), any::<u64>(), 0..4);
+    fields.prop_map(|(volume, client, by, index, which)| match which {
+        0 => ClusterOp::Attach { volume, client, by },
+        1 => ClusterOp::Evict { volume, client },
+        2 => ClusterOp::Share { volume, shared: index % 2 == 0 },
+        _ => {
+            let attachment = Attachment { client, index: LogIndex(index) };
+            ClusterOp::Detach { volume, attachment, by }
+        }
+    })
 }
 
 fn command() -> impl Strategy<Value = Command> {

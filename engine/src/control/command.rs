@@ -13,7 +13,7 @@ use crate::types::{
     VolumeSettings,
 };
 
-use super::state::{NodeAddrs, NodeRecord};
+use super::state::{Attachment, NodeAddrs, NodeRecord};
 
 /// Names one request for good: who asks, in which run, and a number that it never uses twice. Requests of
 /// a replica (proposals) count by volume, apart from those of the node itself.
@@ -212,14 +212,21 @@ pub enum ClusterOp {
         /// The primary.
         by: Member,
     },
-    /// End the attachment of a client host. Expects no epoch, as [`Self::Attach`].
+    /// End the attachment of a client host whose end the primary has seen. Expects no epoch, as [`Self::Attach`].
     Detach {
+        /// The volume.
+        volume: VolumeId,
+        /// The attachment. One that the client has come back to since is another.
+        attachment: Attachment,
+        /// The primary.
+        by: Member,
+    },
+    /// End the attachment of a client host, as an operator asks.
+    Evict {
         /// The volume.
         volume: VolumeId,
         /// The client host.
         client: String,
-        /// The primary, which has seen the end of the client; `None` if an operator asks.
-        by: Option<Member>,
     },
     /// Allow several client hosts at once, or one only.
     Share {

@@ -46,5 +46,8 @@ pub use node::{
 pub use recover::{RECOVERED_EPOCH_STEP, RecoverReport, RecoveredVolume, recover_force, recover_force_in};
 pub use rpc::ADMIN_BYTES_MAX;
 pub use runtime::{Host, HostTask, enter};
-pub use state::{ClusterState, NodeAddrs, NodeKind, NodeRecord, RESYNC_WINDOW_MAX, StoreId, VolumeRecord};
+pub use state::{
+    Attachment, CLIENT_LEN_MAX, ClusterState, NodeAddrs, NodeKind, NodeRecord, RESYNC_WINDOW_MAX, StoreId,
+    VolumeRecord,
+};
 pub use store::StoreWorker;

@@ -154,7 +154,18 @@ pub struct VolumeRecord {
     /// Several client hosts may be attached at once, for cluster file systems. Nobody is recorded then.
     pub shared: bool,
     /// The client host that the volume is attached to. It alone is let in, also by another primary.
-    pub attached: Option<String>,
+    pub attached: Option<Attachment>,
+    /// The client host whose attachment an operator ended, until another one begins.
+    pub evicted: Option<String>,
+}
+
+/// What attaches a volume to a client host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// The client host: a node's name or an address.
+    pub client: String,
+    /// Log index of the command that made it, or renewed it.
+    pub index: LogIndex,
 }
 
 impl VolumeRecord {
@@ -196,13 +207,24 @@ impl VolumeRecord {
     /// A client host may be served.
     #[must_use]
     pub fn lets_in(&self, client: &str) -> bool {
-        self.shared || self.attached.as_deref() == Some(client)
+        self.shared || self.holder() == Some(client)
+    }
+
+    /// The client host that the volume is attached to.
+    #[must_use]
+    pub fn holder(&self) -> Option<&str> {
+        self.attached.as_ref().map(|attachment| attachment.client.as_str())
+    }
+
+    /// The client hosts that are named.
+    fn clients(&self) -> impl Iterator<Item = &str> {
+        self.holder().into_iter().chain(self.evicted.as_deref())
     }
 
     /// Why a client host may not be attached: another one is. Says what to do.
     #[must_use]
     pub fn refusal(&self, client: &str) -> Option<String> {
-        let holder = self.attached.as_deref().filter(|holder| *holder != client)?;
+        let holder = self.holder().filter(|holder| *holder != client)?;
         let name = &self.name;
         Some(format!(
             "volume {name} is attached by {holder}, and not shared; if that client is gone for good: `blkrepl detach \
@@ -398,7 +420,7 @@ impl ClusterState {
         if v.shared && v.attached.is_some() {
             return Some("it is shared, and attached to one client");
         }
-        if v.attached.as_ref().is_some_and(|client| client.is_empty() || client.len() > CLIENT_LEN_MAX) {
+        if v.clients().any(|client| client.is_empty() || client.len() > CLIENT_LEN_MAX) {
             return Some("the name of its client is empty or too long");
         }
         None

@@ -30,7 +30,7 @@ use crate::wire::{BufId, Payload};
 use super::buffers::Account;
 use super::client::{Answer, ClientFrame, ClientProtocol, End, FrontOp, FrontRequest};
 use super::fair;
-use super::handle::{ClientKey, NewClient};
+use super::handle::{ClientGuard, ClientKey, NewClient};
 use super::outgoing::{Message, Outgoing};
 use super::ring::{Io, Span, Token};
 use super::staging::{STAGING_LEN, Staging};
@@ -111,8 +111,8 @@ struct Connection {
     moved: usize,
     /// When it last sent something, or took an answer.
     active_at: Nanos,
-    /// Tells by being dropped that the connection is over.
-    _guard: Box<dyn Send>,
+    /// Hears of its end.
+    guard: ClientGuard,
 }
 
 /// What a connection comes up with.
@@ -196,7 +196,7 @@ impl Clients {
             socket,
             protocol,
             name,
-            _guard: guard,
+            guard,
             staging: Staging::new(&mut io.buffers),
             state: State::Header,
             receiving: false,
@@ -257,6 +257,7 @@ impl Clients {
         self.waiting.retain(|id| *id != conn);
         // Whatever the kernel has of this socket ends now; it may have failed already.
         let _failed = rustix::net::shutdown(&*connection.socket, rustix::net::Shutdown::Both);
+        (connection.guard)(end);
         true
     }
 
@@ -317,6 +318,9 @@ impl Clients {
                     if !self.admit(io, conn, request) {
                         return None;
                     }
+                    // What comes next waits for itself.
+                    let connection = self.connections.get_mut(&conn)?;
+                    connection.unread_since = None;
                     match request.op {
                         FrontOp::Read => return self.start(conn, request, ClientOp::Read),
                         FrontOp::BlockStatus => {

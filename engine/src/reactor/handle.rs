@@ -21,7 +21,7 @@ use crate::types::{
     ReplicaStatus,
 };
 
-use super::client::ClientProtocol;
+use super::client::{ClientProtocol, End};
 use super::core::Core;
 use super::error::ReactorError;
 use super::open::VolumeFiles;
@@ -87,6 +87,9 @@ pub type ForceReply = Box<dyn FnOnce(Result<ReplicaReport, String>) + Send>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ClientKey(pub u64);
 
+/// Hears how a client connection ended. Called on the volume's thread: must not wait.
+pub type ClientGuard = Box<dyn FnOnce(End) + Send>;
+
 /// A client connection past its negotiation.
 pub struct NewClient {
     /// Names it in [`VolumeHandle::end_clients`].
@@ -97,8 +100,9 @@ pub struct NewClient {
     pub protocol: Box<dyn ClientProtocol>,
     /// Who it is, for logs.
     pub name: String,
-    /// Dropped when the connection is over: the volume takes no request from it any more.
-    pub guard: Box<dyn Send>,
+    /// Told when the connection is over (the volume takes no request from it any more) and how it ended; dropped
+    /// untold if the volume ends before it has taken the connection, or fails.
+    pub guard: ClientGuard,
 }
 
 /// What other threads ask of a volume.
@@ -212,6 +216,7 @@ fn refuse(command: Command, name: &str) {
     match command {
         Command::Move(_, reply) | Command::Demote(reply) => reply(Err(stopped)),
         Command::Force(_, reply) => reply(Err(stopped)),
+        Command::Client(mut client) => client.protocol.closed(End::Full),
         _ => {}
     }
 }

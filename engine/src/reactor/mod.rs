@@ -42,11 +42,11 @@ mod volume;
 mod tests;
 
 pub use self::core::Core;
-pub use client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
+pub use client::{Answer, ClientFrame, ClientProtocol, End, FrontOp, FrontRequest};
 pub use error::ReactorError;
 pub use handle::{
-    CONNECTIONS_WAITING_MAX, ClientKey, CommandReply, ForceReply, NewClient, ReactorOptions, UNREAD_MAX,
-    VolumeHandle, VolumeHooks, boottime_now, spawn,
+    CONNECTIONS_WAITING_MAX, ClientGuard, ClientKey, CommandReply, ForceReply, NewClient, ReactorOptions,
+    UNREAD_MAX, VolumeHandle, VolumeHooks, boottime_now, spawn,
 };
 pub use open::{
     Expected, LOCK_WAIT_DEFAULT, OpenError, OpenVolume, Part, VolumeFiles, VolumePaths, create, open,

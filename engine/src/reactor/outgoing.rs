@@ -14,6 +14,9 @@ use super::buffers::Buffers;
 
 /// Most parts handed to the kernel by one call (the system's own bound is 1024).
 const PARTS_MAX: usize = 256;
+/// Most bytes handed to the kernel by one call, which ends only when all of them are in the socket: what was sent is
+/// given back, and counts as progress, as it goes.
+const SEND_LEN_MAX: usize = 2 << 20;
 /// A message of at most so many bytes is expected to find room in its socket, and so to be sent at once.
 const AT_ONCE_MAX: usize = 64 << 10;
 
@@ -72,14 +75,19 @@ impl Message {
     /// message is changed or dropped.
     pub(super) fn prepare(&mut self, buffers: &Buffers) -> *const libc::msghdr {
         self.iovecs.clear();
-        let mut skip = self.skip;
+        let (mut skip, mut room) = (self.skip, SEND_LEN_MAX);
         for part in self.parts[self.next..].iter().take(PARTS_MAX) {
             let start: *const u8 = match *part {
                 Part::Head { start, len } => self.head[start..start + len].as_ptr(),
                 Part::Buffer { buf, start, len } => buffers.address(buf, start, len).0,
             };
             let base = start.wrapping_add(skip).cast_mut().cast();
-            self.iovecs.push(libc::iovec { iov_base: base, iov_len: part.len() - skip });
+            let len = (part.len() - skip).min(room);
+            self.iovecs.push(libc::iovec { iov_base: base, iov_len: len });
+            room -= len;
+            if room == 0 {
+                break;
+            }
             skip = 0;
         }
         self.header = empty_header();

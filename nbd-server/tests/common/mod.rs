@@ -72,7 +72,7 @@ impl Exports for Memory {
         self.volumes.keys().chain(self.refusals.keys()).cloned().collect()
     }
 
-    fn open(&self, name: &str, _: Peer) -> Result<ExportInfo, ExportRefusal> {
+    fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
         if let Some(refusal) = self.refusals.get(name) {
             return Err(refusal.clone());
         }

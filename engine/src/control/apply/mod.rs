@@ -103,8 +103,9 @@ fn apply_op(state: &mut ClusterState, index: LogIndex, op: ClusterOp) -> Effect 
         ClusterOp::AddNode(record) => nodes::add(state, record),
         ClusterOp::RemoveNode { node } => nodes::remove(state, node),
         ClusterOp::SetLease { lease } => nodes::set_lease(state, lease),
-        ClusterOp::Attach { volume, client, by } => clients::attach(state, volume, client, by),
-        ClusterOp::Detach { volume, client, by } => clients::detach(state, volume, &client, by),
+        ClusterOp::Attach { volume, client, by } => clients::attach(state, index, volume, client, by),
+        ClusterOp::Detach { volume, attachment, by } => clients::detach(state, volume, &attachment, by),
+        ClusterOp::Evict { volume, client } => clients::evict(state, volume, client),
         ClusterOp::Share { volume, shared } => clients::share(state, volume, shared),
         op => volumes::apply(state, index, op),
     }

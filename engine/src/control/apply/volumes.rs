@@ -57,6 +57,7 @@ pub(super) fn apply(state: &mut ClusterState, index: LogIndex, op: ClusterOp) ->
         | ClusterOp::RemoveNode { .. }
         | ClusterOp::Attach { .. }
         | ClusterOp::Detach { .. }
+        | ClusterOp::Evict { .. }
         | ClusterOp::Share { .. }
         | ClusterOp::SetLease { .. } => unreachable!("not a command about a volume's config"),
     }
@@ -162,6 +163,7 @@ fn create(state: &mut ClusterState, index: LogIndex, new: New) -> Effect {
         index,
         shared: false,
         attached: None,
+        evicted: None,
     };
     state.volumes.insert(record.id, record);
     Ok(Some(Epoch(1)))

@@ -37,7 +37,7 @@ fn many_requests_in_flight_over_tcp_are_all_answered() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (there, _) = listener.accept().unwrap();
-    rig.volume.client_connected(new_client(OwnedFd::from(there), 0, Box::new(())));
+    rig.volume.client_connected(new_client(OwnedFd::from(there), 0, Box::new(|_| ())));
     let mut sender = Client(stream.try_clone().unwrap());
     let writer = std::thread::spawn(move || {
         for n in 0..2000_u64 {
@@ -218,15 +218,12 @@ fn r23_close_clients_closes_all_of_them_unanswered() {
 
 #[test]
 fn a_connection_that_is_ended_is_closed_unanswered_and_the_others_go_on() {
-    struct Told(std::sync::mpsc::Sender<u64>, u64);
-    impl Drop for Told {
-        fn drop(&mut self) {
-            self.0.send(self.1).unwrap();
-        }
-    }
     let rig = Rig::new(1 << 20);
     let (tell, told) = std::sync::mpsc::channel();
-    let mut clients = [1, 2, 3].map(|key| rig.client_with(key, Box::new(Told(tell.clone(), key))));
+    let mut clients = [1, 2, 3].map(|key| {
+        let tell = tell.clone();
+        rig.client_with(key, Box::new(move |end| tell.send((key, end)).unwrap()))
+    });
     rig.hold();
     for client in &mut clients {
         client.send(WRITE, 1, 0, 4096, &[1; 4096]);
@@ -236,13 +233,13 @@ fn a_connection_that_is_ended_is_closed_unanswered_and_the_others_go_on() {
     let [mut first, mut second, mut third] = clients;
     assert!(first.is_closed() && third.is_closed(), "closed without an answer");
     let mut ended = [told.recv().unwrap(), told.recv().unwrap()];
-    ended.sort_unstable();
-    assert_eq!(ended, [1, 3]);
+    ended.sort_unstable_by_key(|(key, _)| *key);
+    assert_eq!(ended, [(1, End::Server), (3, End::Server)]);
     rig.let_go();
     assert_eq!(second.reply(), (1, 0));
     second.write(4096, &[2; 4096]);
     drop(second);
-    assert_eq!(told.recv(), Ok(2), "and that its client left, too");
+    assert_eq!(told.recv(), Ok((2, End::Client)));
 }
 
 /// Clients that take no answers, or announce a payload and do not send it: each holds client bytes only until
@@ -286,7 +283,7 @@ impl Bench {
 
     fn connect(io: &mut Io, clients: &mut Clients) -> (ConnId, Client<UnixStream>) {
         let (here, there) = UnixStream::pair().unwrap();
-        let conn = clients.add(io, new_client(OwnedFd::from(there), 0, Box::new(()))).unwrap();
+        let conn = clients.add(io, new_client(OwnedFd::from(there), 0, Box::new(|_| ()))).unwrap();
         clients.arm(io, conn, Nanos(0));
         (conn, Client(here))
     }

@@ -504,7 +504,7 @@ pub(super) struct Rig {
 }
 
 /// A client of the toy protocol.
-pub(super) fn new_client(socket: OwnedFd, key: u64, guard: Box<dyn Send>) -> NewClient {
+pub(super) fn new_client(socket: OwnedFd, key: u64, guard: ClientGuard) -> NewClient {
     NewClient { key: ClientKey(key), socket, protocol: Box::new(Toy), name: "test".into(), guard }
 }
 
@@ -528,12 +528,12 @@ impl Rig {
         let (here, there) = UnixStream::pair().unwrap();
         here.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         there.set_nonblocking(true).unwrap();
-        self.volume.client_connected(new_client(OwnedFd::from(there), 0, Box::new(())));
+        self.volume.client_connected(new_client(OwnedFd::from(there), 0, Box::new(|_| ())));
         Client(here)
     }
 
     /// The same, with a key and a guard.
-    pub(super) fn client_with(&self, key: u64, guard: Box<dyn Send>) -> Client<UnixStream> {
+    pub(super) fn client_with(&self, key: u64, guard: ClientGuard) -> Client<UnixStream> {
         let (here, there) = UnixStream::pair().unwrap();
         here.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         self.volume.client_connected(new_client(OwnedFd::from(there), key, guard));
