@@ -98,6 +98,8 @@ pub struct ExportInfo {
     pub read_only: bool,
     /// It lies on a disk that turns.
     pub rotational: bool,
+    /// Zeroes take their place without being written out.
+    pub fast_zero: bool,
 }
 
 impl ExportInfo {
@@ -113,6 +115,7 @@ impl ExportInfo {
             max_payload: proto::PAYLOAD_MAX_DEFAULT,
             read_only: false,
             rotational: false,
+            fast_zero: false,
         }
     }
 
@@ -132,10 +135,11 @@ impl ExportInfo {
             | proto::NBD_FLAG_SEND_WRITE_ZEROES
             | proto::NBD_FLAG_SEND_CACHE
             | proto::NBD_FLAG_CAN_MULTI_CONN;
+        let fast_zero = if self.fast_zero { proto::NBD_FLAG_SEND_FAST_ZERO } else { 0 };
         let rotational = if self.rotational { proto::NBD_FLAG_ROTATIONAL } else { 0 };
         let read_only = if self.read_only { proto::NBD_FLAG_READ_ONLY } else { 0 };
         let whole = if replies == Replies::Simple { 0 } else { proto::NBD_FLAG_SEND_DF };
-        base | read_only | rotational | whole
+        base | read_only | rotational | fast_zero | whole
     }
 }
 

@@ -53,6 +53,8 @@ pub const NBD_FLAG_SEND_DF: u16 = 1 << 7;
 pub const NBD_FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
 /// Transmission flag: `NBD_CMD_CACHE` works.
 pub const NBD_FLAG_SEND_CACHE: u16 = 1 << 10;
+/// Transmission flag: `NBD_CMD_FLAG_FAST_ZERO` is understood.
+pub const NBD_FLAG_SEND_FAST_ZERO: u16 = 1 << 11;
 
 /// Option: choose an export, no error possible.
 pub const NBD_OPT_EXPORT_NAME: u32 = 1;
@@ -250,6 +252,7 @@ impl NbdErrno {
             ClientError::Invalid => Self::Inval,
             ClientError::NoSpace => Self::NoSpc,
             ClientError::Shutdown => Self::Shutdown,
+            ClientError::Unsupported => Self::NotSup,
             // `ClientError` may grow; whatever is not known here is an I/O error to a client.
             _ => Self::Io,
         }
@@ -556,5 +559,6 @@ mod tests {
         assert_eq!(NbdErrno::of(ClientError::Io), NbdErrno::Io);
         assert_eq!(NbdErrno::of(ClientError::NoSpace), NbdErrno::NoSpc);
         assert_eq!(NbdErrno::of(ClientError::Shutdown), NbdErrno::Shutdown);
+        assert_eq!(NbdErrno::of(ClientError::Unsupported), NbdErrno::NotSup);
     }
 }

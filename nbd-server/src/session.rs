@@ -32,6 +32,7 @@ pub struct Session {
     min_block: u32,
     max_payload: u32,
     read_only: bool,
+    fast_zero: bool,
     replies: Replies,
     contexts: Contexts,
     /// Whose connection it is; `None` where nobody counts.
@@ -47,6 +48,7 @@ impl Session {
             min_block: export.min_block.max(1),
             max_payload: export.max_payload,
             read_only: export.read_only,
+            fast_zero: export.fast_zero,
             replies,
             contexts: Contexts::NONE,
             guest: None,
@@ -161,7 +163,12 @@ impl Session {
             return Err(ClientError::Invalid);
         }
         let inside = header.offset.checked_add(header.len).is_some_and(|end| end <= self.size);
+        // Zeroes that take their space are written out, like any others.
+        let insists = header.flags & proto::NBD_CMD_FLAG_FAST_ZERO != 0;
         match op {
+            _ if inside && insists && header.flags & proto::NBD_CMD_FLAG_NO_HOLE != 0 => {
+                Err(ClientError::Unsupported)
+            }
             _ if inside => Ok(()),
             FrontOp::Write | FrontOp::WriteZeroes => Err(ClientError::NoSpace),
             _ => Err(ClientError::Invalid),
@@ -171,6 +178,9 @@ impl Session {
     /// Command flags that belong to an operation in the negotiated form.
     fn flags_of(&self, op: FrontOp) -> u16 {
         let own = match op {
+            FrontOp::WriteZeroes if self.fast_zero => {
+                proto::NBD_CMD_FLAG_NO_HOLE | proto::NBD_CMD_FLAG_FAST_ZERO
+            }
             FrontOp::WriteZeroes => proto::NBD_CMD_FLAG_NO_HOLE,
             FrontOp::Read if self.replies != Replies::Simple => proto::NBD_CMD_FLAG_DF,
             FrontOp::Write if self.replies == Replies::Extended => proto::NBD_CMD_FLAG_PAYLOAD_LEN,

@@ -289,11 +289,30 @@ fn what_has_no_payload_may_be_longer_than_32_bits() {
 }
 
 #[test]
-fn fast_zeroes_are_not_offered_and_refused_as_invalid() {
+fn fast_zeroes_where_they_are_not_offered_are_refused_as_invalid() {
     for flags in [NBD_CMD_FLAG_FAST_ZERO, NBD_CMD_FLAG_FAST_ZERO | NBD_CMD_FLAG_NO_HOLE] {
         assert_eq!(error(NBD_CMD_WRITE_ZEROES, flags, 0, 4096), Some(ClientError::Invalid));
         let request = parse_extended(NBD_CMD_WRITE_ZEROES, flags, 0, 4096);
         assert_eq!(request.error, Some(ClientError::Invalid));
+    }
+}
+
+#[test]
+fn fast_zeroes_are_holes_and_fail_quickly_where_they_are_to_take_space() {
+    let export = ExportInfo { fast_zero: true, ..ExportInfo::new("vol0", SIZE) };
+    for replies in [Replies::Simple, Replies::Structured] {
+        let mut session = Session::new(&export, replies);
+        let mut asked = |flags, offset| parse(&mut session, NBD_CMD_WRITE_ZEROES, flags, offset, 4096);
+        let request = asked(NBD_CMD_FLAG_FAST_ZERO | NBD_CMD_FLAG_FUA, 0);
+        assert_eq!((request.error, request.no_hole, request.fua), (None, false, true));
+        let both = NBD_CMD_FLAG_FAST_ZERO | NBD_CMD_FLAG_NO_HOLE;
+        assert_eq!(asked(both, 0).error, Some(ClientError::Unsupported));
+        assert_eq!(asked(both, SIZE).error, Some(ClientError::NoSpace));
+        assert_eq!(asked(NBD_CMD_FLAG_NO_HOLE, 0).error, None);
+        for command in [NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_READ] {
+            let request = parse(&mut session, command, NBD_CMD_FLAG_FAST_ZERO, 0, 4096);
+            assert_eq!(request.error, Some(ClientError::Invalid));
+        }
     }
 }
 

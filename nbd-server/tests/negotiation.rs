@@ -162,6 +162,8 @@ fn the_transmission_flags_are_those_that_are_kept() {
         let flags = ExportInfo::new("vol0", SIZE).transmission_flags(replies);
         assert_eq!(flags, 0b101_1110_1101, "and DF");
     }
+    let fast = ExportInfo { fast_zero: true, ..ExportInfo::new("vol0", SIZE) };
+    assert_eq!(fast.transmission_flags(Replies::Simple) ^ flags, NBD_FLAG_SEND_FAST_ZERO);
     let turning = ExportInfo { rotational: true, ..ExportInfo::new("vol0", SIZE) };
     assert_eq!(turning.transmission_flags(Replies::Simple) ^ flags, NBD_FLAG_ROTATIONAL);
 }

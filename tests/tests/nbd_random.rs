@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use blkrepl_tests::bits::{Random, fresh_seed, mix};
 use blkrepl_tests::cluster::SYNC_LIMIT;
-use blkrepl_tests::nbd::spec::{NBD_CMD_READ, NBD_CMD_WRITE_ZEROES};
+use blkrepl_tests::nbd::spec::{NBD_CMD_READ, NBD_CMD_WRITE_ZEROES, NBD_FLAG_SEND_FAST_ZERO};
 use blkrepl_tests::nbd::{Address, Form, Load, Outcome, Request, Session, Talk, negotiate};
 use blkrepl_tests::report::{human, measured, step};
 use blkrepl_tests::usage::Memory;
@@ -116,7 +116,10 @@ fn requests(addresses: &[(Address, String); 2], seed: u64, count: u64, stop: &At
         let form = Form::ALL[(number / 2) as usize];
         let area = (number + 1) * AREA..(number + 2) * AREA;
         let seed = mix(seed ^ (number + 100));
-        Load { address, export, size: SIZE, form, area, shared: 0..AREA, seed }.run_until(count, stop)
+        let (_session, told) = Talk::agreed(&address, form)?.go(&export)?;
+        let fast_zero = told.flags & NBD_FLAG_SEND_FAST_ZERO != 0;
+        let load = Load { address, export, size: SIZE, form, fast_zero, area, shared: 0..AREA, seed };
+        load.run_until(count, stop)
     })?;
     Ok(outcomes.into_iter().fold(Outcome::default(), |sum, one| Outcome {
         answered: sum.answered + one.answered,

@@ -83,8 +83,10 @@ impl Exports for NodeExports {
         if !serving {
             return Err(ExportRefusal::Policy(refusal(&state, volume, &node.config.name)));
         }
+        let nature = node.nature(volume.id);
         Ok(ExportInfo {
-            rotational: node.is_rotational(volume.id),
+            rotational: nature.is_some_and(|nature| nature.rotational),
+            fast_zero: nature.is_some_and(|nature| nature.makes_holes),
             ..ExportInfo::new(volume.name.clone(), volume.geometry.size())
         })
     }

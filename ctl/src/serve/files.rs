@@ -86,8 +86,23 @@ pub struct Opened {
     volume: OpenVolume,
     /// What people should know about how they were found.
     pub notes: Vec<String>,
-    /// The data lies on a disk that turns.
+    /// What clients are told of the data object.
+    pub nature: Nature,
+}
+
+/// What lies under a volume's data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Nature {
+    /// A disk that turns.
     pub rotational: bool,
+    /// Something that makes holes where zeroes are written.
+    pub makes_holes: bool,
+}
+
+impl Nature {
+    fn of(data: &Path) -> Self {
+        Self { rotational: is_rotational(data), makes_holes: reactor::makes_holes(data) }
+    }
 }
 
 /// The disk under a file, or the one that it is, turns: so the kernel says, of a partition by the disk that has it. Not
@@ -127,7 +142,7 @@ pub fn open_or_create(place: &Place, wanted: &Wanted<'_>) -> Result<Opened, Open
             name: place.name.clone(),
             volume,
             notes: Vec::new(),
-            rotational: is_rotational(&place.paths.data),
+            nature: Nature::of(&place.paths.data),
         }),
         // A making of the files that was interrupted: the metadata file comes last, and nothing was ever
         // written to the data file. The engine refuses to take over a data file with content.
@@ -174,7 +189,7 @@ pub fn create(place: &Place, wanted: &Wanted<'_>) -> Result<Opened, OpenError> {
         notes
             .push("this node held a replica before and its files are gone: everything is copied".to_string());
     }
-    Ok(Opened { name: place.name.clone(), volume, notes, rotational: is_rotational(&place.paths.data) })
+    Ok(Opened { name: place.name.clone(), volume, notes, nature: Nature::of(&place.paths.data) })
 }
 
 /// Makes the files of a volume that is about to be created, with `me` as its first member, and closes them

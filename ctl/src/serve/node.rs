@@ -26,7 +26,7 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
 use super::attachments::Attachments;
-use super::files::{self, OpenError};
+use super::files::{self, Nature, OpenError};
 use super::sessions;
 use super::status::{OwnReplica, OwnReplicas, node_name};
 use crate::config::NodeConfig;
@@ -76,8 +76,7 @@ enum Phase {
 
 struct Running {
     handle: VolumeHandle,
-    /// Its data lies on a disk that turns.
-    rotational: bool,
+    nature: Nature,
     sessions: sessions::Redial,
     tasks: Vec<AbortHandle>,
 }
@@ -162,9 +161,12 @@ impl Node {
         }
     }
 
-    /// The data of a volume that runs here lies on a disk that turns.
-    pub fn is_rotational(&self, volume: VolumeId) -> bool {
-        matches!(self.lock().get(&volume), Some(Slot { phase: Phase::Running(r), .. }) if r.rotational)
+    /// What lies under the data of a volume that runs here.
+    pub fn nature(&self, volume: VolumeId) -> Option<Nature> {
+        match &self.lock().get(&volume)?.phase {
+            Phase::Running(running) => Some(running.nature),
+            _ => None,
+        }
     }
 
     /// Why a volume's replica does not run here, if it failed.
@@ -323,7 +325,7 @@ impl Node {
         .await
         .map_err(|e| anyhow::anyhow!("opening its files panicked: {e}"))?;
         let opened = opened?;
-        let rotational = opened.rotational;
+        let nature = opened.nature;
         for note in &opened.notes {
             self.events.record(Some(&name), Happening::new("opened", note.clone()));
         }
@@ -336,7 +338,7 @@ impl Node {
         let handle = starting.await.map_err(|e| anyhow::anyhow!("starting it panicked: {e}"))??;
         let redial = sessions::Redial::start(Arc::clone(self), id, handle.clone());
         let pump = tokio::spawn(Arc::clone(self).pump(id, name, handle.clone(), redial.clone(), from_volume));
-        Ok(Running { handle, rotational, sessions: redial, tasks: vec![pump.abort_handle()] })
+        Ok(Running { handle, nature, sessions: redial, tasks: vec![pump.abort_handle()] })
     }
 
     /// Carries what a volume's thread says to where it belongs.

@@ -12,6 +12,7 @@
 //! Invariant: a block is called a hole only if all of it is one, and lies before the end of the file.
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -106,6 +107,14 @@ impl Searcher {
 fn is_trusted(file: &OwnedFd) -> bool {
     let system = rustix::fs::fstatfs(file);
     system.is_ok_and(|system| TRUSTED.contains(&(system.f_type as libc::__fsword_t)))
+}
+
+/// A file at this path gives up its space at once where zeroes are written: it lies on a file system that is known to
+/// make holes. A block device, and what is not known, does not.
+#[must_use]
+pub fn makes_holes(path: &Path) -> bool {
+    let open = std::fs::File::open(path);
+    open.is_ok_and(|file| file.metadata().is_ok_and(|meta| meta.is_file()) && is_trusted(&file.into()))
 }
 
 /// The answer where it cannot be told.
@@ -224,6 +233,7 @@ mod tests {
     #[test]
     fn a_file_system_that_is_not_known_is_not_asked() {
         let proc = OwnedFd::from(std::fs::File::open("/proc/self/status").unwrap());
-        assert!(!is_trusted(&proc));
+        assert!(!is_trusted(&proc) && !makes_holes(Path::new("/proc/self/status")));
+        assert!(!makes_holes(Path::new("/dev/null")) && !makes_holes(Path::new("/nowhere")));
     }
 }

@@ -48,6 +48,7 @@ pub use handle::{
     CONNECTIONS_WAITING_MAX, ClientGuard, ClientKey, CommandReply, ForceReply, NewClient, ReactorOptions,
     UNREAD_MAX, VolumeHandle, VolumeHooks, boottime_now, spawn,
 };
+pub use holes::makes_holes;
 pub use open::{
     Expected, LOCK_WAIT_DEFAULT, OpenError, OpenVolume, Part, VolumeFiles, VolumePaths, create, open,
 };

@@ -87,6 +87,8 @@ pub enum ClientError {
     NoSpace,
     /// The volume is stopping.
     Shutdown,
+    /// It cannot be done in the way that the client insists on. Never the core's: the front end judges it.
+    Unsupported,
 }
 
 /// What a successful reply carries.

@@ -41,6 +41,8 @@ pub struct Load {
     pub size: u64,
     /// Replies to agree on.
     pub form: Form,
+    /// The export offers fast zeroes.
+    pub fast_zero: bool,
     /// What nobody else writes to; zeroes at first.
     pub area: Range<u64>,
     /// What others write to as well: answers are checked there, data is not.
@@ -48,6 +50,9 @@ pub struct Load {
     /// Of all that is random.
     pub seed: u64,
 }
+
+/// Zeroes that are to take their space, and quickly: that cannot be.
+const FAST_WITH_SPACE: u16 = NBD_CMD_FLAG_FAST_ZERO | NBD_CMD_FLAG_NO_HOLE;
 
 /// What came of a load.
 #[derive(Clone, Copy, Debug, Default)]
@@ -119,6 +124,7 @@ impl Load {
         let own = match command {
             NBD_CMD_READ if chunks => NBD_CMD_FLAG_DF,
             NBD_CMD_WRITE if extended => NBD_CMD_FLAG_PAYLOAD_LEN,
+            NBD_CMD_WRITE_ZEROES if self.fast_zero => NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
             NBD_CMD_WRITE_ZEROES => NBD_CMD_FLAG_NO_HOLE,
             NBD_CMD_BLOCK_STATUS => NBD_CMD_FLAG_REQ_ONE,
             _ => 0,
@@ -141,6 +147,7 @@ impl Load {
             }
             _ if len == 0 => NBD_EINVAL,
             _ if offset.checked_add(len).is_none_or(|end| end > self.size) => past,
+            (NBD_CMD_WRITE_ZEROES, false) if flags & FAST_WITH_SPACE == FAST_WITH_SPACE => NBD_ENOTSUP,
             _ => 0,
         }
     }
@@ -250,7 +257,8 @@ impl Run<'_> {
         if self.random.chance(1, 16) {
             request.flags |= match command {
                 NBD_CMD_READ => NBD_CMD_FLAG_DF,
-                NBD_CMD_WRITE_ZEROES => NBD_CMD_FLAG_NO_HOLE,
+                NBD_CMD_WRITE_ZEROES => [NBD_CMD_FLAG_NO_HOLE, NBD_CMD_FLAG_FAST_ZERO, FAST_WITH_SPACE]
+                    [self.random.below(3) as usize],
                 NBD_CMD_BLOCK_STATUS => NBD_CMD_FLAG_REQ_ONE,
                 _ => NBD_CMD_FLAG_FUA,
             };

@@ -25,6 +25,8 @@ pub const NBD_FLAG_SEND_WRITE_ZEROES: u16 = 0x40;
 pub const NBD_FLAG_SEND_DF: u16 = 0x80;
 pub const NBD_FLAG_CAN_MULTI_CONN: u16 = 0x100;
 pub const NBD_FLAG_SEND_CACHE: u16 = 0x400;
+pub const NBD_FLAG_SEND_FAST_ZERO: u16 = 0x800;
+pub const NBD_FLAG_ROTATIONAL: u16 = 0x10;
 
 pub const NBD_OPT_EXPORT_NAME: u32 = 1;
 pub const NBD_OPT_ABORT: u32 = 2;
@@ -84,9 +86,10 @@ pub const NBD_STATE_HOLE: u64 = 1;
 pub const NBD_STATE_ZERO: u64 = 2;
 
 pub const NBD_EINVAL: u32 = 22;
+pub const NBD_ENOTSUP: u32 = 95;
 pub const NBD_ENOSPC: u32 = 28;
 /// Error numbers that the specification gives to servers.
-pub const ERRORS: [u32; 8] = [1, 5, 12, NBD_EINVAL, NBD_ENOSPC, 75, 95, 108];
+pub const ERRORS: [u32; 8] = [1, 5, 12, NBD_EINVAL, NBD_ENOSPC, 75, NBD_ENOTSUP, 108];
 
 pub const STRING_MAX: usize = 4096;
 

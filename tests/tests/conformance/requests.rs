@@ -27,7 +27,7 @@ cases! {
         trimmed_bytes_read_as_zeroes,
         written_zeroes_read_as_zeroes,
         zeroes_may_be_longer_than_a_payload,
-        fast_zeroes_are_refused,
+        fast_zeroes_are_made_or_refused_at_once,
         a_cache_request_changes_nothing,
         past_the_end_is_refused,
         an_offset_and_length_that_overflow_are_refused,
@@ -191,14 +191,21 @@ fn zeroes_may_be_longer_than_a_payload(target: &Target<'_>) -> Result<()> {
     session.done(Request::new(NBD_CMD_CACHE, 0, 0, SIZE)).map(drop)
 }
 
-fn fast_zeroes_are_refused(target: &Target<'_>) -> Result<()> {
-    let mut session = target.session()?;
-    session.write(0, &[3; 512])?;
-    let flags = [NBD_CMD_FLAG_FAST_ZERO, NBD_CMD_FLAG_FAST_ZERO | NBD_CMD_FLAG_NO_HOLE];
-    for flags in flags {
-        session.fails(Request::new(NBD_CMD_WRITE_ZEROES, flags, 0, 512), NBD_EINVAL)?;
-    }
+fn fast_zeroes_are_made_or_refused_at_once(target: &Target<'_>) -> Result<()> {
+    let (mut session, export) = target.talk()?.go(target.export)?;
+    let offered = export.flags & NBD_FLAG_SEND_FAST_ZERO != 0;
+    session.write(0, &[3; 8192])?;
+    let with_space = NBD_CMD_FLAG_FAST_ZERO | NBD_CMD_FLAG_NO_HOLE;
+    let error = if offered { NBD_ENOTSUP } else { NBD_EINVAL };
+    session.fails(Request::new(NBD_CMD_WRITE_ZEROES, with_space, 0, 512), error)?;
     ensure!(session.read(0, 512)? == [3; 512], "a refused request has written");
+    let fast = Request::new(NBD_CMD_WRITE_ZEROES, NBD_CMD_FLAG_FAST_ZERO, 512, 4096);
+    if !offered {
+        return session.fails(fast, NBD_EINVAL);
+    }
+    session.done(fast)?;
+    let expected = [&[3; 512][..], &[0; 4096], &[3; 512]].concat();
+    ensure!(session.read(0, 5120)? == expected, "fast zeroes are not just where they were asked for");
     Ok(())
 }
 
@@ -284,7 +291,8 @@ fn unknown_commands_are_refused(target: &Target<'_>) -> Result<()> {
 }
 
 fn flags_of_other_commands_are_refused(target: &Target<'_>) -> Result<()> {
-    let mut session = target.session()?;
+    let (mut session, export) = target.talk()?.go(target.export)?;
+    let fast_zero = export.flags & NBD_FLAG_SEND_FAST_ZERO != 0;
     let data = pattern(5, 4096);
     session.write(0, &data)?;
     let unknown = [0x40, 0x80, 0x100, 0x8000];
@@ -292,6 +300,7 @@ fn flags_of_other_commands_are_refused(target: &Target<'_>) -> Result<()> {
     for flag in known.into_iter().chain(unknown) {
         let own = |command| match command {
             NBD_CMD_READ => flag == NBD_CMD_FLAG_DF && target.form.chunks(),
+            NBD_CMD_WRITE_ZEROES if flag == NBD_CMD_FLAG_FAST_ZERO => fast_zero,
             NBD_CMD_WRITE_ZEROES => flag == NBD_CMD_FLAG_NO_HOLE,
             _ => false,
         };
