@@ -5,8 +5,9 @@
 //! the kernel has not yet completed. Memory is given back to the pool only with the last of them, so a
 //! completion that never comes keeps its buffer for ever, whatever else closes or is released.
 //!
-//! Client traffic is bounded: [`Buffers::reserve`] refuses beyond [`BUFFER_BYTES_MAX`], and the caller
-//! then stops reading from clients (back-pressure, never loss). An [`Account`] says what each of them holds.
+//! Client traffic is bounded: [`Buffers::reserve`] refuses beyond [`BUFFER_BYTES_MAX`] (but for one small request of
+//! each connection, [`Buffers::reserve_beyond`]), and the caller then stops reading from clients (back-pressure, never
+//! loss). An [`Account`] says what each of them holds.
 //! Operations of the replica itself (resync, repair, metadata, peers) are bounded by the core and may always
 //! allocate.
 //!
@@ -364,9 +365,14 @@ impl Buffers {
         if bytes > self.client_bytes_free() {
             return false;
         }
+        self.reserve_beyond(account, bytes);
+        true
+    }
+
+    /// Takes `bytes` beyond the client bound if need be: for requests that are bounded otherwise.
+    pub(super) fn reserve_beyond(&mut self, account: Account, bytes: u64) {
         self.client_bytes += bytes;
         self.accounts[account.0 as usize].bytes += bytes;
-        true
     }
 
     /// Gives `bytes` of the client bound back.
@@ -390,7 +396,7 @@ impl Buffers {
 
     /// Bytes of the client bound that nobody has.
     pub(super) fn client_bytes_free(&self) -> u64 {
-        BUFFER_BYTES_MAX - self.client_bytes
+        BUFFER_BYTES_MAX.saturating_sub(self.client_bytes)
     }
 
     /// Bytes of the client bound in use.

@@ -417,7 +417,9 @@ impl Clients {
         let Some(connection) = self.connections.get(&conn) else { return false };
         let account = connection.account;
         let in_turn = self.first_in_turn(io).is_none_or(|(first, _)| first == conn);
-        if !in_turn || !within_share(io, account, len) || !io.buffers.reserve(account, len) {
+        if fair::is_first_and_small(io.buffers.held(account), len) {
+            io.buffers.reserve_beyond(account, len);
+        } else if !in_turn || !within_share(io, account, len) || !io.buffers.reserve(account, len) {
             if !self.waiting.contains(&conn) {
                 self.waiting.push_back(conn);
             }

@@ -3,7 +3,8 @@
 //! Two things run short: the client bytes of a volume, and the time of its thread and its disk. A connection alone
 //! has all that it can use. Where several are at work, each has a window of requests, so that none finds more than
 //! that of every other before it; and what a connection holds of the client bytes is never more than what it
-//! leaves, so that however much the greedy ones hold, there is something for one that comes.
+//! leaves, so that however much the greedy ones hold, there is something for one that comes. What a connection asks
+//! for first, if it is small, it has in any case.
 //!
 //! Pure: numbers in, a verdict out.
 
@@ -11,6 +12,11 @@
 pub(super) const REQUESTS_MAX: u32 = 256;
 /// The same while another connection has requests that are not answered. Enough to keep a disk busy.
 pub(super) const REQUESTS_SHARED_MAX: u32 = 64;
+
+/// Longest request, in client bytes, that a connection with nothing in flight has taken at once, whatever others hold
+/// of the client bytes. So hoarders, however many, cannot stop a client that asks for one small thing at a time; and
+/// what is taken beyond the bound is at most this for each connection, 64 MiB in all.
+pub(super) const FIRST_LEN_MAX: u64 = 64 << 10;
 
 /// Most requests of each connection, where so many connections have some that are not answered.
 pub(super) fn window(busy: usize) -> u32 {
@@ -22,6 +28,11 @@ pub(super) fn window(busy: usize) -> u32 {
 pub(super) fn within_share(held: u64, len: u64, free: u64) -> bool {
     // Neither sum can overflow: each number is at most the volume's bound, or one request's length.
     held == 0 || held + len + len <= free
+}
+
+/// Whether a request is taken beyond the bound.
+pub(super) fn is_first_and_small(held: u64, len: u64) -> bool {
+    held == 0 && len <= FIRST_LEN_MAX
 }
 
 #[cfg(test)]

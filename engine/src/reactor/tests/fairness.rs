@@ -98,6 +98,18 @@ fn a_client_that_sends_a_byte_now_and_then_does_not_starve_another() {
     assert_eq!(rig.shared.count("closed"), 0);
 }
 
+/// More than the memory has room for: some of them wait, and would be before everybody who comes.
+#[test]
+fn a_client_that_asks_for_one_small_thing_at_a_time_does_not_wait_for_hoarders() {
+    let rig = Rig::new(64 << 20);
+    let mut hoarders: Vec<_> = (0..20).map(|_| rig.client()).collect();
+    for hoarder in &mut hoarders {
+        hoarder.0.write_all(&header(WRITE, 1, 0, 32 * MIB)).unwrap();
+    }
+    go_on(&mut rig.client());
+    assert_eq!(rig.shared.count("closed"), 0, "nobody had to be closed for that");
+}
+
 #[test]
 fn a_window_is_smaller_while_another_has_requests_in_flight() {
     let rig = Rig::new(1 << 20);
