@@ -38,7 +38,7 @@ const RESIDENT_MAX: u64 = 80 * MIB;
 const LOSSES: u32 = 3;
 /// Clients that hoard, a quarter of them writing. They ask for much more than client bytes have room for; who waits
 /// for that gets his turn when those who move nothing have been closed.
-const HOARDERS: u64 = 8;
+const HOARDERS: u64 = 40;
 /// Requests of each.
 const HOARDED: u64 = 64;
 /// The longest payload.
