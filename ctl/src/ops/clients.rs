@@ -45,10 +45,8 @@ async fn commit(node: &Arc<Node>, name: &str, op: ClusterOp, what: &str) -> Resu
     let Applied::Done { index, .. } = submit(node, op).await? else {
         return Err(format!("{what} of {name} was refused"));
     };
-    let mut states = node.control.cluster_state();
-    let shown = states.wait_for(|state| state.applied >= index);
-    match tokio::time::timeout(CHANGE_TIMEOUT, shown).await {
-        Ok(Ok(_)) => Ok(()),
-        _ => Err(not_shown(name, what)),
+    if !node.applied(index, CHANGE_TIMEOUT).await {
+        return Err(not_shown(name, what));
     }
+    Ok(())
 }

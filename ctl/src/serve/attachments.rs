@@ -345,12 +345,10 @@ async fn change(node: &Node, op: ClusterOp) -> Result<(), String> {
         Ok(Applied::Refused(why)) | Err(SubmitError::Refused(why)) => return Err(why),
         Err(error) => return Err(format!("the attachment cannot be agreed on: {error}; try again")),
     };
-    let mut states = node.control.cluster_state();
-    let shown = states.wait_for(|state| state.applied >= index);
-    match tokio::time::timeout(STATE_PATIENCE, shown).await {
-        Ok(Ok(_)) => Ok(()),
-        _ => Err("the attachment does not show here yet; try again".to_string()),
+    if !node.applied(index, STATE_PATIENCE).await {
+        return Err("the attachment does not show here yet; try again".to_string());
     }
+    Ok(())
 }
 
 /// Ends the attachment of a volume served here, if its client has been gone for a while. If another client comes

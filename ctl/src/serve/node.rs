@@ -18,8 +18,8 @@ use blkrepl_engine::control::{ClusterState, Control, LeaseSnapshot};
 use blkrepl_engine::reactor::VolumeHandle;
 use blkrepl_engine::replica::Lease;
 use blkrepl_engine::types::{
-    Epoch, Health, Incarnation, LineageId, Member, NodeId, Proposal, ProposalOutcome, Reign, ReplicaReport,
-    ReplicaStatus, SuperblockTrust, VolumeId,
+    Epoch, Health, Incarnation, LineageId, LogIndex, Member, NodeId, Proposal, ProposalOutcome, Reign,
+    ReplicaReport, ReplicaStatus, SuperblockTrust, VolumeId,
 };
 use blkrepl_nbd::Misbehaviour;
 use tokio::sync::mpsc;
@@ -146,6 +146,13 @@ impl Node {
     /// Cluster state as applied here.
     pub fn state(&self) -> Arc<ClusterState> {
         self.control.cluster_state().borrow().clone()
+    }
+
+    /// Waits until the entry at a log index is applied here; false if that takes longer than `limit`.
+    pub async fn applied(&self, index: LogIndex, limit: Duration) -> bool {
+        let mut states = self.control.cluster_state();
+        let shown = states.wait_for(|state| state.applied >= index);
+        matches!(tokio::time::timeout(limit, shown).await, Ok(Ok(_)))
     }
 
     /// The node has begun to stop.
