@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blkrepl_engine::types::NodeId;
-use blkrepl_nbd::ConnectionLimits;
+use blkrepl_nbd::{ConnectionLimits, ServerOptions};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use toml::Spanned;
@@ -27,8 +27,6 @@ pub const HEARTBEAT_MS_DEFAULT: u64 = 100;
 pub const ELECTION_MIN_MS_DEFAULT: u64 = 400;
 /// Longest election timeout, in milliseconds.
 pub const ELECTION_MAX_MS_DEFAULT: u64 = 800;
-/// Longest time of an NBD handshake, in seconds.
-pub const HANDSHAKE_TIMEOUT_S_DEFAULT: u64 = 10;
 /// Longest path of a unix socket that Linux takes, in bytes.
 pub const UNIX_PATH_MAX: usize = 107;
 /// Longest name of a node or volume, in bytes.
@@ -436,7 +434,8 @@ impl Checker<'_> {
         let key = "nbd.connections_per_client_max";
         let per_client = value(&raw.connections_per_client_max, key, 1..=all, default.per_client as u64)?;
         let key = "nbd.handshake_timeout_s";
-        let handshake = value(&raw.handshake_timeout_s, key, 1..=600, HANDSHAKE_TIMEOUT_S_DEFAULT)?;
+        let default = ServerOptions::default().negotiation_timeout.as_secs();
+        let handshake = value(&raw.handshake_timeout_s, key, 1..=600, default)?;
         let idle = raw.idle_timeout_s.as_ref().filter(|seconds| *seconds.get_ref() != 0);
         if let Some(given) = idle.filter(|seconds| !(10..=604_800).contains(seconds.get_ref())) {
             let problem = format!("{} is not 0 (never) or in 10 to 604800 seconds", given.get_ref());
