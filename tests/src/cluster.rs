@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -242,6 +243,15 @@ impl Cluster {
     /// If there is none of that name.
     pub fn node(&self, name: &str) -> Result<NodeEntry> {
         self.nodes()?.into_iter().find(|n| n.name == name).ok_or_else(|| anyhow!("no node {name}"))
+    }
+
+    /// Bytes that the data file of each replica takes.
+    ///
+    /// # Errors
+    /// As [`Self::nodes`], or where a file cannot be looked at.
+    pub fn space(&self) -> Result<Vec<u64>> {
+        let nodes = self.data_nodes()?;
+        nodes.iter().map(|node| Ok(fs::metadata(node.data()?)?.blocks() * 512)).collect()
     }
 
     /// Name of the witness.

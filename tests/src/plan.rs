@@ -10,7 +10,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::netns::NetNs;
+use anyhow::Result;
+
+use crate::netns::{Bridge, NetNs};
 use crate::status::NodeEntry;
 
 /// One node before it is started.
@@ -63,6 +65,19 @@ impl NodePlan {
             data_path: None,
             netns: None,
         }
+    }
+
+    /// Puts each node on the host of a switch that has its id for a number.
+    ///
+    /// # Errors
+    /// If an id is no number of a host.
+    pub fn on_hosts(plans: &mut [Self], bridge: &Bridge) -> Result<()> {
+        for plan in plans {
+            let host = u8::try_from(plan.id)?;
+            plan.listen = Bridge::addr(host);
+            plan.netns = Some(bridge.host(host));
+        }
+        Ok(())
     }
 
     /// `data` or `witness`.

@@ -1,7 +1,6 @@
 //! Holes and space: what clients give up takes no space on either replica, what they are told of it is true,
 //! also after a resync and at the next primary, and they see what a missing replica lacks.
 
-use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -9,7 +8,7 @@ use blkrepl_tests::client::Link;
 use blkrepl_tests::cluster::{FAILOVER_LIMIT, SYNC_LIMIT};
 use blkrepl_tests::proc::{missing, run_ok};
 use blkrepl_tests::report::{measured, skipped};
-use blkrepl_tests::{Cluster, ClusterOptions, with_cluster};
+use blkrepl_tests::{ClusterOptions, with_cluster};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 96 * MIB;
@@ -35,12 +34,6 @@ fn map(address: &str, context: &str) -> Result<Vec<(u64, u64, u64)>> {
 /// Of a map: where the flags are set, in MiB.
 fn places(map: &[(u64, u64, u64)], flags: u64) -> Vec<(u64, u64)> {
     map.iter().filter(|m| m.2 == flags).map(|m| (m.0 / MIB, m.1 / MIB)).collect()
-}
-
-/// Bytes that the data file of each replica takes.
-fn space(cluster: &Cluster) -> Result<Vec<u64>> {
-    let nodes = cluster.data_nodes()?;
-    nodes.iter().map(|node| Ok(std::fs::metadata(node.data()?)?.blocks() * 512)).collect()
 }
 
 fn qemu_io(address: &str, commands: &[&str]) -> Result<()> {
@@ -89,7 +82,7 @@ fn what_is_given_up_is_a_hole_on_both_replicas_after_a_resync_and_after_a_move()
         let before = allocation(&address)?;
         let data = places(&before, 0);
         ensure!(data == [(0, 2), (4, 1), (6, 2), (32, 1)], "data at {data:?} MiB of {before:?}");
-        let taken = space(cluster)?;
+        let taken = cluster.space()?;
         measured(name, &format!("6 MiB of data take {taken:?} bytes"));
         ensure!(taken.iter().all(|taken| (6 * MIB..8 * MIB).contains(taken)), "space taken: {taken:?}");
 

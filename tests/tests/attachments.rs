@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use blkrepl_tests::client::{Link, LinkError};
 use blkrepl_tests::cluster::{FAILOVER_LIMIT, SYNC_LIMIT};
 use blkrepl_tests::netns::{self, Bridge, NetNs};
+use blkrepl_tests::plan::NodePlan;
 use blkrepl_tests::report::skipped;
 use blkrepl_tests::wait::wait_for;
 use blkrepl_tests::{Cluster, ClusterOptions, scenario};
@@ -24,14 +25,7 @@ const THERE: &str = "10.83.0.4";
 fn hosts() -> Result<(Arc<NetNs>, Cluster)> {
     let bridge = Bridge::new(4)?;
     let options = ClusterOptions { lease_ms: Some(700), ..ClusterOptions::by_hand(SIZE, 2) };
-    let cluster = Cluster::prepare_wired(options, |plans| {
-        for plan in plans {
-            let host = u8::try_from(plan.id)?;
-            plan.listen = Bridge::addr(host);
-            plan.netns = Some(bridge.host(host));
-        }
-        Ok(())
-    })?;
+    let cluster = Cluster::prepare_wired(options, |plans| NodePlan::on_hosts(plans, &bridge))?;
     Ok((bridge.host(4), cluster))
 }
 

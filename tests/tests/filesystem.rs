@@ -3,7 +3,6 @@
 //! every transaction that was reported committed is there. And what files gave up takes no space on either replica,
 //! with ext4 and XFS.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -266,12 +265,6 @@ fn postgresql_survives_the_primary_under_pgbench() {
     });
 }
 
-/// Bytes that the data file of each replica takes.
-fn space(cluster: &Cluster) -> Result<Vec<u64>> {
-    let nodes = cluster.data_nodes()?;
-    nodes.iter().map(|node| Ok(std::fs::metadata(node.data()?)?.blocks() * 512)).collect()
-}
-
 /// Writes files, deletes most of them, and gives up what they took.
 fn trims(kind: FileSystem) {
     const FILES: u64 = 16;
@@ -290,12 +283,12 @@ fn trims(kind: FileSystem) {
         let file = |number: u64| at.join(format!("file{number}"));
         (0..FILES).try_for_each(|number| files::make_random(&file(number), LEN, number))?;
         disk.trim()?;
-        let full = space(cluster)?;
+        let full = cluster.space()?;
         ensure!(full.iter().all(|taken| *taken >= FILES * LEN), "{full:?} bytes for {FILES} files of {LEN}");
 
         (KEPT..FILES).try_for_each(|number| std::fs::remove_file(file(number)))?;
         disk.trim()?;
-        let left = space(cluster)?;
+        let left = cluster.space()?;
         measured(&name, &format!("{full:?} bytes on the replicas with {FILES} files, {left:?} with {KEPT}"));
         let given_up = (FILES - KEPT) * LEN;
         for (full, left) in full.iter().zip(&left) {

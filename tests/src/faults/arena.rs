@@ -96,14 +96,7 @@ impl Arena {
     /// Where a step fails.
     pub fn with_hosts() -> Result<(Self, Cluster)> {
         let bridge = Bridge::new(3)?;
-        let cluster = Cluster::prepare_wired(options(), |plans| {
-            for plan in plans {
-                let host = u8::try_from(plan.id)?;
-                plan.listen = Bridge::addr(host);
-                plan.netns = Some(bridge.host(host));
-            }
-            Ok(())
-        })?;
+        let cluster = Cluster::prepare_wired(options(), |plans| NodePlan::on_hosts(plans, &bridge))?;
         Ok((Self { bridge: Some(bridge), ..Self::default() }, cluster))
     }
 
