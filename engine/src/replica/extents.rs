@@ -29,9 +29,7 @@ impl Replica {
         let most = EXTENTS_BYTES_MAX / u64::from(self.geometry.block_size());
         let Some(primary) = &mut self.primary else { return };
         let op = primary.ops.get_mut(&id).expect("a started request exists");
-        let ClientOp::Extents { max } = &mut op.request.op else { panic!("a request for extents is one") };
-        *max = (*max).clamp(1, EXTENTS_MAX);
-        let max = *max;
+        let max = wanted(&op.request.op);
         op.stage = Stage::Read;
         op.blocks.count = op.blocks.count.min(most);
         let blocks = op.blocks;
@@ -41,7 +39,7 @@ impl Replica {
     pub(super) fn extents_done(&mut self, id: OpId, result: Result<DiskResult, DiskErrorKind>) {
         let Some(primary) = &self.primary else { return };
         let Some(op) = primary.ops.get(&id) else { return };
-        let ClientOp::Extents { max } = op.request.op else { panic!("a request for extents is one") };
+        let max = wanted(&op.request.op);
         let blocks = op.blocks;
         let found = match result {
             Ok(DiskResult::Extents(found)) => found,
@@ -59,6 +57,12 @@ impl Replica {
         let extents = cut(states.extents(), u64::from(self.geometry.block_size()), offset, len);
         self.finish(id, Ok(ReplyData::Extents(extents)));
     }
+}
+
+/// Most extents of the answer to a request.
+fn wanted(op: &ClientOp) -> usize {
+    let ClientOp::Extents { max } = op else { panic!("{op:?} is no request for extents") };
+    (*max).clamp(1, EXTENTS_MAX)
 }
 
 /// What the writes in flight touch of `blocks`, in order. It may overlap.
