@@ -136,8 +136,11 @@ impl Mount {
     /// Where it is not mounted, or fstrim fails.
     pub fn trim(&self) -> Result<()> {
         let at = self.mounted.as_ref().context("not mounted")?;
-        // A block is free when the deletion is in the journal.
-        run_ok("sync", &["-f".as_ref(), at.as_os_str()], STEP_LIMIT)?;
+        // A block is free when the deletion is in the journal; XFS unlinks in the background, and only a freeze
+        // waits for that (a sync does not).
+        for way in ["--freeze", "--unfreeze"] {
+            run_ok("fsfreeze", &[way.as_ref(), at.as_os_str()], STEP_LIMIT)?;
+        }
         run_ok("fstrim", &[at.as_os_str()], STEP_LIMIT).map(drop)
     }
 

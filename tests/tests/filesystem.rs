@@ -271,7 +271,7 @@ fn trims(kind: FileSystem) {
     const KEPT: u64 = 4;
     const LEN: u64 = 10 << 20;
     let name = format!("fstrim {}", kind.name());
-    if let Some(reason) = kind.unavailable().or_else(|| missing(&["fstrim"])) {
+    if let Some(reason) = kind.unavailable().or_else(|| missing(&["fstrim", "fsfreeze"])) {
         return skipped(&name, &reason);
     }
     with_cluster(&format!("fstrim_{}", kind.name()), ClusterOptions::sized(SIZE), |cluster| {
