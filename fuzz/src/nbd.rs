@@ -2,7 +2,7 @@
 
 use blkrepl_engine::reactor::client::{Answer, ClientFrame, ClientProtocol, FrontOp, FrontRequest};
 use blkrepl_engine::types::Extent;
-use blkrepl_nbd::negotiate::{Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, Progress, Want};
+use blkrepl_nbd::negotiate::{Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, Progress, Terms, Want};
 use blkrepl_nbd::proto::{
     EXPORT_NAME_ZEROES, EXTENDED_REPLY_LEN, EXTENDED_REQUEST_LEN, ExtendedRequestHeader, GREETING_LEN,
     NBD_CMD_DISC, NBD_CMD_FLAG_PAYLOAD_LEN, NBD_CMD_WRITE, NBD_EXTENDED_REPLY_MAGIC,
@@ -90,7 +90,7 @@ pub fn nbd_negotiation(data: &[u8]) -> Verdict {
         match progress {
             Progress::Admit(_) => panic!("an admission was asked for twice"),
             Progress::Continue => check_replies(&out),
-            Progress::Transmission(info, replies, contexts) => {
+            Progress::Transmission(Terms { export: info, replies, contexts, .. }) => {
                 assert!(replies != Replies::Simple || contexts.is_empty(), "contexts need chunks");
                 assert_eq!(exports.open(&info.name).as_ref(), Ok(&info));
                 // The answer to NBD_OPT_EXPORT_NAME has a form of its own.

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 
-use blkrepl_engine::reactor::client::ClientProtocol;
+use blkrepl_engine::reactor::client::{ClientProtocol, ClientSessionId};
 use thiserror::Error;
 
 use crate::proto;
@@ -57,9 +57,26 @@ pub trait Exports: Send + Sync + 'static {
     /// Why it may not; becomes the error reply to the client's option.
     fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal>;
 
+    /// The nodes that have a replica of the volume `name`, as clients reach them.
+    ///
+    /// # Errors
+    /// If there is no such volume, or nobody can say.
+    fn places(&self, _name: &str) -> Result<Vec<Place>, ExportRefusal> {
+        Ok(Vec::new())
+    }
+
     /// Decides whether one connection from `peer` may enter the transmission phase of the volume `name` (which is
     /// [`ExportInfo::name`]). Takes what it takes; whoever does not want to wait drops it, and nothing stays of it.
     fn admit(&self, name: &str, peer: Peer) -> Admitting;
+}
+
+/// A node that has a replica of a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Where it serves NBD, HOST:PORT; at most 4096 bytes, or it is left out.
+    pub address: String,
+    /// It is primary, as far as the node that was asked knows.
+    pub primary: bool,
 }
 
 /// The right of one connection to be served. Given back when it is dropped.
@@ -100,6 +117,8 @@ pub struct ExportInfo {
     pub rotational: bool,
     /// Zeroes take their place without being written out.
     pub fast_zero: bool,
+    /// The lineage of its content: another one may lack writes that were acknowledged. `None` where there is none.
+    pub lineage: Option<u128>,
 }
 
 impl ExportInfo {
@@ -116,6 +135,7 @@ impl ExportInfo {
             read_only: false,
             rotational: false,
             fast_zero: false,
+            lineage: None,
         }
     }
 
@@ -177,6 +197,8 @@ pub struct Attached {
     pub fd: OwnedFd,
     /// Its codec.
     pub protocol: Box<dyn ClientProtocol>,
+    /// The client session that it belongs to, if any.
+    pub session: Option<ClientSessionId>,
     /// The client's address, for logs.
     pub peer: String,
 }

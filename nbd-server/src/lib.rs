@@ -36,12 +36,12 @@ mod listen;
 mod misbehaviour;
 
 pub use client::{
-    ClientOptions, Completion, Handle, NbdClient, NbdError, RefusalKind, Request, RequestOp, connect_raw,
-    list_exports,
+    ClientOptions, Completion, ExportFacts, Handle, NbdClient, NbdError, RefusalKind, Request, RequestOp,
+    connect_raw, connect_session, list_exports, places,
 };
 pub use context::{Contexts, MetaContext};
 pub use export::{
-    Admission, Admitting, Attached, ExportInfo, ExportRefusal, Exports, Peer, Replies, admit_with,
+    Admission, Admitting, Attached, ExportInfo, ExportRefusal, Exports, Peer, Place, Replies, admit_with,
 };
 pub use limits::{CONNECTIONS_MAX, CONNECTIONS_PER_CLIENT_MAX, ConnectionLimits};
 pub use listen::{ListenAddr, ListenError};

@@ -232,7 +232,7 @@ impl Guest {
                 });
             }
             // A violation was noted when it was read.
-            End::Client | End::Violation | End::Server => {}
+            End::Client | End::Violation | End::Replaced | End::Server => {}
         }
     }
 }

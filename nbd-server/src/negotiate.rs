@@ -10,6 +10,7 @@
 //! longer data is thrown away as it comes, up to [`OPTION_DRAIN_MAX`], and there are at most
 //! [`OPTIONS_MAX`] options in a session.
 
+use blkrepl_engine::reactor::ClientSessionId;
 use thiserror::Error;
 
 use crate::context::{Contexts, MetaRequest};
@@ -40,11 +41,23 @@ pub enum Progress {
     Continue,
     /// The client wants to be served this export. Nothing was put out. Go on with [`Negotiation::admitted`].
     Admit(ExportInfo),
-    /// Send what was put out; the next byte from the client is the first request on this export, to be answered
-    /// by such replies, with these metadata contexts.
-    Transmission(ExportInfo, Replies, Contexts),
+    /// Send what was put out; the next byte from the client is the first request, on these terms.
+    Transmission(Terms),
     /// Send what was put out, then close.
     Close(CloseReason),
+}
+
+/// What client and server have agreed to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// The export.
+    pub export: ExportInfo,
+    /// The form of replies, and with it of requests.
+    pub replies: Replies,
+    /// The metadata contexts that the client chose.
+    pub contexts: Contexts,
+    /// The client session that the connection belongs to, if the client named one.
+    pub session: Option<ClientSessionId>,
 }
 
 /// Why a negotiation ended without an export.
@@ -117,6 +130,7 @@ pub struct Negotiation {
     no_zeroes: bool,
     replies: Replies,
     selection: Option<Selection>,
+    session: Option<ClientSessionId>,
     options: u32,
 }
 
@@ -158,6 +172,7 @@ impl Negotiation {
             no_zeroes: false,
             replies: Replies::default(),
             selection: None,
+            session: None,
             options: 0,
         }
     }
@@ -234,7 +249,7 @@ impl Negotiation {
         match progress {
             Progress::Continue => {}
             Progress::Admit(_) => self.state = State::Admitting,
-            Progress::Transmission(..) | Progress::Close(_) => self.state = State::Ended,
+            Progress::Transmission(_) | Progress::Close(_) => self.state = State::Ended,
         }
     }
 
@@ -281,6 +296,8 @@ impl Negotiation {
                 | proto::NBD_OPT_LIST_META_CONTEXT
                 | proto::NBD_OPT_SET_META_CONTEXT
                 | proto::NBD_OPT_EXTENDED_HEADERS
+                | proto::NBD_OPT_BLKREPL_NODES
+                | proto::NBD_OPT_BLKREPL_SESSION
         );
         if len == 0 {
             return if known {
@@ -334,6 +351,14 @@ impl Negotiation {
                 self.on_extended_headers(data, out);
                 Progress::Continue
             }
+            proto::NBD_OPT_BLKREPL_NODES => {
+                on_nodes(data, exports, out);
+                Progress::Continue
+            }
+            proto::NBD_OPT_BLKREPL_SESSION => {
+                self.on_session(data, out);
+                Progress::Continue
+            }
             _ => self.on_info(option, data, exports, out),
         }
     }
@@ -358,6 +383,16 @@ impl Negotiation {
             put_reply(out, option, proto::NBD_REP_ACK, &[]);
         } else {
             put_error(out, option, proto::NBD_REP_ERR_INVALID, "NBD_OPT_EXTENDED_HEADERS carries no data");
+        }
+    }
+
+    fn on_session(&mut self, data: &[u8], out: &mut Vec<u8>) {
+        let option = proto::NBD_OPT_BLKREPL_SESSION;
+        if let Ok(id) = <[u8; 16]>::try_from(data) {
+            self.session = Some(ClientSessionId(u128::from_be_bytes(id)));
+            put_reply(out, option, proto::NBD_REP_ACK, &[]);
+        } else {
+            put_error(out, option, proto::NBD_REP_ERR_INVALID, "a client session is named by 16 bytes");
         }
     }
 
@@ -438,7 +473,7 @@ impl Negotiation {
     fn enter(&self, info: ExportInfo) -> Progress {
         let chosen = self.selection.as_ref().filter(|chosen| chosen.export == info.name);
         let contexts = chosen.map_or(Contexts::NONE, |chosen| chosen.contexts);
-        Progress::Transmission(info, self.replies, contexts)
+        Progress::Transmission(Terms { export: info, replies: self.replies, contexts, session: self.session })
     }
 
     fn on_info(&mut self, option: u32, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Progress {
@@ -467,17 +502,34 @@ fn on_list(data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) {
         return;
     }
     for name in exports.list() {
-        // A name that the protocol cannot carry cannot be asked for either.
-        let Ok(len) = u32::try_from(name.len()) else { continue };
-        if name.len() > proto::STRING_BYTES_MAX {
-            continue;
-        }
-        let mut body = Vec::with_capacity(4 + name.len());
-        body.extend_from_slice(&len.to_be_bytes());
-        body.extend_from_slice(name.as_bytes());
-        put_reply(out, proto::NBD_OPT_LIST, proto::NBD_REP_SERVER, &body);
+        put_server(out, proto::NBD_OPT_LIST, &name, &[]);
     }
     put_reply(out, proto::NBD_OPT_LIST, proto::NBD_REP_ACK, &[]);
+}
+
+fn on_nodes(data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) {
+    let option = proto::NBD_OPT_BLKREPL_NODES;
+    let Some(name) = parse_string(data) else {
+        put_error(out, option, proto::NBD_REP_ERR_INVALID, "the option's data is not the name of a volume");
+        return;
+    };
+    match exports.places(name) {
+        Ok(places) => {
+            for place in places {
+                put_server(out, option, &place.address, &[u8::from(place.primary)]);
+            }
+            put_reply(out, option, proto::NBD_REP_ACK, &[]);
+        }
+        Err(refusal) => put_refusal(out, option, &refusal),
+    }
+}
+
+/// One entry of a list: a name, and details. One that the protocol cannot carry is left out: nobody could ask for it.
+fn put_server(out: &mut Vec<u8>, option: u32, name: &str, details: &[u8]) {
+    let Some(len) = u32::try_from(name.len()).ok().filter(|_| name.len() <= proto::STRING_BYTES_MAX) else {
+        return;
+    };
+    put_reply(out, option, proto::NBD_REP_SERVER, &[&len.to_be_bytes(), name.as_bytes(), details].concat());
 }
 
 /// `wanted`: the information that was asked for, two bytes each.
@@ -493,6 +545,10 @@ fn put_infos(out: &mut Vec<u8>, option: u32, info: &ExportInfo, replies: Replies
     }
     if wants(proto::NBD_INFO_DESCRIPTION) {
         let body = [&proto::NBD_INFO_DESCRIPTION.to_be_bytes(), info.description().as_bytes()].concat();
+        put_reply(out, option, proto::NBD_REP_INFO, &body);
+    }
+    if let Some(lineage) = info.lineage.filter(|_| wants(proto::NBD_INFO_BLKREPL_LINEAGE)) {
+        let body = [&proto::NBD_INFO_BLKREPL_LINEAGE.to_be_bytes()[..], &lineage.to_be_bytes()].concat();
         put_reply(out, option, proto::NBD_REP_INFO, &body);
     }
     if wants(proto::NBD_INFO_BLOCK_SIZE) {

@@ -76,6 +76,10 @@ pub const NBD_OPT_LIST_META_CONTEXT: u32 = 9;
 pub const NBD_OPT_SET_META_CONTEXT: u32 = 10;
 /// Option: extended headers.
 pub const NBD_OPT_EXTENDED_HEADERS: u32 = 11;
+/// Option of blkrepl: which nodes have a volume, and which of them is primary. Data: the volume's name.
+pub const NBD_OPT_BLKREPL_NODES: u32 = 0x424c_0001;
+/// Option of blkrepl: the connection belongs to a client session. Data: the session's id, 16 bytes.
+pub const NBD_OPT_BLKREPL_SESSION: u32 = 0x424c_0002;
 
 /// Option reply: done.
 pub const NBD_REP_ACK: u32 = 1;
@@ -110,6 +114,8 @@ pub const NBD_INFO_NAME: u16 = 1;
 pub const NBD_INFO_DESCRIPTION: u16 = 2;
 /// Information: block sizes.
 pub const NBD_INFO_BLOCK_SIZE: u16 = 3;
+/// Information of blkrepl: the lineage of the volume's content, 16 bytes.
+pub const NBD_INFO_BLKREPL_LINEAGE: u16 = 0x424c;
 
 /// Request: read.
 pub const NBD_CMD_READ: u16 = 0;

@@ -20,13 +20,12 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
-use crate::context::Contexts;
 use crate::desk::Desk;
-use crate::export::{Admission, Attached, ExportInfo, Exports, Peer, Replies};
+use crate::export::{Admission, Attached, Exports, Peer};
 use crate::limits::{ClientHost, ConnectionLimits};
 use crate::listen::{Accepted, ListenAddr, ListenError, Listener};
 use crate::misbehaviour::{Guest, Kind, Misbehaviour};
-use crate::negotiate::{CloseReason, Negotiation, OPTION_BYTES_MAX, Progress, Want};
+use crate::negotiate::{CloseReason, Negotiation, OPTION_BYTES_MAX, Progress, Terms, Want};
 use crate::session::Session;
 
 /// Pause after a failed accept (out of file descriptors, mostly), so that it does not spin.
@@ -212,9 +211,7 @@ impl Acceptor {
 
 /// What a negotiation came to that did not end the connection.
 struct Agreed {
-    info: ExportInfo,
-    replies: Replies,
-    contexts: Contexts,
+    terms: Terms,
     admission: Box<dyn Admission>,
 }
 
@@ -232,8 +229,7 @@ async fn serve(
             Accepted::Unix(stream) => negotiate(stream, from, exports).await,
         }
     };
-    let Agreed { info, replies, contexts, admission } = match tokio::time::timeout(timeout, negotiation).await
-    {
+    let Agreed { terms, admission } = match tokio::time::timeout(timeout, negotiation).await {
         Ok(Ok(Ok(agreed))) => agreed,
         Ok(Ok(Err(reason))) => {
             tracing::debug!(peer, "NBD negotiation ended: {reason}");
@@ -247,9 +243,9 @@ async fn serve(
     };
     match into_fd(stream) {
         Ok(fd) => {
-            tracing::debug!(peer, export = info.name, "NBD client attached");
-            let protocol = Box::new(Session::new(&info, replies).with_contexts(contexts).with_guest(guest));
-            admission.attach(Attached { fd, protocol, peer: peer.to_owned() });
+            tracing::debug!(peer, export = terms.export.name, "NBD client attached");
+            let protocol = Box::new(Session::on(&terms).with_guest(guest));
+            admission.attach(Attached { fd, protocol, session: terms.session, peer: peer.to_owned() });
         }
         Err(e) => tracing::warn!(peer, "cannot hand over an NBD connection: {e}"),
     }
@@ -299,11 +295,11 @@ async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
         match progress {
             Progress::Continue => {}
             Progress::Admit(_) => unreachable!("an admission is asked for by the client, not by its answer"),
-            Progress::Transmission(info, replies, contexts) => {
+            Progress::Transmission(terms) => {
                 stream.write_all(&out).await?;
                 stream.flush().await?;
                 let admission = admission.expect("a client enters the transmission phase admitted");
-                return Ok(Ok(Agreed { info, replies, contexts, admission }));
+                return Ok(Ok(Agreed { terms, admission }));
             }
             Progress::Close(reason) => {
                 stream.write_all(&out).await?;

@@ -7,13 +7,16 @@
 
 use std::sync::Arc;
 
-use blkrepl_engine::reactor::client::{Answer, ClientFrame, ClientProtocol, End, FrontOp, FrontRequest};
+use blkrepl_engine::reactor::client::{
+    Answer, ClientFrame, ClientProtocol, End, FrontOp, FrontRequest, Turn,
+};
 use blkrepl_engine::replica::ClientError;
 use blkrepl_engine::types::Extent;
 
 use crate::context::{Contexts, Descriptors, MetaContext};
 use crate::export::{ExportInfo, Replies};
 use crate::misbehaviour::Guest;
+use crate::negotiate::Terms;
 use crate::proto::{
     self, EXTENDED_REQUEST_LEN, ExtendedRequestHeader as Header, NbdErrno, REQUEST_LEN, RequestHeader,
 };
@@ -53,6 +56,12 @@ impl Session {
             contexts: Contexts::NONE,
             guest: None,
         }
+    }
+
+    /// A session on the terms that a negotiation came to.
+    #[must_use]
+    pub fn on(terms: &Terms) -> Self {
+        Self::new(&terms.export, terms.replies).with_contexts(terms.contexts)
     }
 
     /// The same with the metadata contexts that the client has chosen. Simple replies cannot say what they say, so
@@ -317,6 +326,13 @@ impl ClientProtocol for Session {
             guest.broke_protocol(text);
         }
         frame
+    }
+
+    /// As the kernel makes handles (`nbd_cmd_handle` in drivers/block/nbd.c): below the tag of the request, which is
+    /// its own until it is answered, above how often that tag was sent.
+    fn turn(&self, request: &FrontRequest) -> Option<Turn> {
+        // Both halves are 32 bits.
+        Some(Turn { slot: request.handle as u32, count: (request.handle >> 32) as u32 })
     }
 
     fn closed(&mut self, end: End) {

@@ -188,6 +188,7 @@ fn a_request_allocates_nothing_in_steady_state() {
     primary.client_connected(NewClient {
         key: ClientKey(1),
         socket: theirs,
+        session: None,
         protocol: session,
         name: "test".into(),
         guard,

@@ -2,14 +2,18 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
+use blkrepl_engine::reactor::ClientSessionId;
 use blkrepl_nbd::negotiate::{
-    CloseReason, Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, OPTIONS_MAX, Progress, Want,
+    CloseReason, Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, OPTIONS_MAX, Progress, Terms, Want,
 };
 use blkrepl_nbd::proto::*;
-use blkrepl_nbd::{Admitting, Contexts, ExportInfo, ExportRefusal, Exports, MetaContext, Peer, Replies};
+use blkrepl_nbd::{
+    Admitting, Contexts, ExportInfo, ExportRefusal, Exports, MetaContext, Peer, Place, Replies,
+};
 use proptest::prelude::*;
 
 const SIZE: u64 = 1 << 30;
+const LINEAGE: u128 = 0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10;
 
 /// `vol0` is served; `away` has its primary elsewhere; `late` is on a node that stops.
 struct Fixed(&'static [&'static str]);
@@ -27,13 +31,27 @@ impl Exports for Fixed {
             _ if !self.0.contains(&name) => Err(ExportRefusal::Unknown(format!("no volume {name:?}"))),
             "away" => Err(ExportRefusal::Policy(POLICY_TEXT.into())),
             "late" => Err(ExportRefusal::Shutdown),
-            _ => Ok(ExportInfo::new(name, SIZE)),
+            _ => Ok(ExportInfo { lineage: Some(LINEAGE), ..ExportInfo::new(name, SIZE) }),
+        }
+    }
+
+    fn places(&self, name: &str) -> Result<Vec<Place>, ExportRefusal> {
+        let place = |address: &str, primary| Place { address: address.into(), primary };
+        let too_long = "h".repeat(STRING_BYTES_MAX + 1);
+        match name {
+            "away" => Ok(vec![place("n1:1", false), place(&too_long, false), place("n2:2", true)]),
+            _ => Err(ExportRefusal::Unknown(format!("no volume {name:?}"))),
         }
     }
 
     fn admit(&self, _: &str, _: Peer) -> Admitting {
         panic!("a negotiation admits nobody");
     }
+}
+
+/// What is said of `vol0`.
+fn vol0() -> ExportInfo {
+    ExportInfo { lineage: Some(LINEAGE), ..ExportInfo::new("vol0", SIZE) }
 }
 
 /// What came of feeding bytes to a negotiation.
@@ -82,7 +100,7 @@ fn feed_with(mut input: &[u8], exports: &dyn Exports, admitted: Result<(), Expor
 
 /// The transmission phase, with no metadata context.
 fn entered(export: ExportInfo, replies: Replies) -> Progress {
-    Progress::Transmission(export, replies, Contexts::NONE)
+    Progress::Transmission(Terms { export, replies, contexts: Contexts::NONE, session: None })
 }
 
 fn client_flags(flags: u32) -> Vec<u8> {
@@ -128,7 +146,7 @@ fn replies_to(bytes: &[u8], exports: &dyn Exports) -> Vec<(u32, u32, Vec<u8>)> {
     let outcome = feed(&[&fixed(), bytes].concat(), exports);
     assert_eq!(outcome.progress, Progress::Continue);
     let again = feed(&[&fixed(), bytes, &info(NBD_OPT_GO, "vol0", &[])].concat(), exports);
-    assert!(matches!(again.progress, Progress::Transmission(..)), "the session goes on");
+    assert!(matches!(again.progress, Progress::Transmission(_)), "the session goes on");
     assert_eq!(again.left, 0);
     replies(&outcome.sent)
 }
@@ -142,7 +160,7 @@ fn assert_refused(bytes: &[u8], option: u32, reply: u32, text: &str) {
 }
 
 fn export_reply() -> Vec<u8> {
-    let flags = ExportInfo::new("vol0", SIZE).transmission_flags(Replies::Simple);
+    let flags = vol0().transmission_flags(Replies::Simple);
     [&NBD_INFO_EXPORT.to_be_bytes()[..], &SIZE.to_be_bytes(), &flags.to_be_bytes()].concat()
 }
 
@@ -156,15 +174,15 @@ fn the_greeting_is_fixed_newstyle_without_zeroes() {
 
 #[test]
 fn the_transmission_flags_are_those_that_are_kept() {
-    let flags = ExportInfo::new("vol0", SIZE).transmission_flags(Replies::Simple);
+    let flags = vol0().transmission_flags(Replies::Simple);
     assert_eq!(flags, 0b101_0110_1101, "HAS_FLAGS FLUSH FUA TRIM WRITE_ZEROES CAN_MULTI_CONN CACHE");
     for replies in [Replies::Structured, Replies::Extended] {
-        let flags = ExportInfo::new("vol0", SIZE).transmission_flags(replies);
+        let flags = vol0().transmission_flags(replies);
         assert_eq!(flags, 0b101_1110_1101, "and DF");
     }
-    let fast = ExportInfo { fast_zero: true, ..ExportInfo::new("vol0", SIZE) };
+    let fast = ExportInfo { fast_zero: true, ..vol0() };
     assert_eq!(fast.transmission_flags(Replies::Simple) ^ flags, NBD_FLAG_SEND_FAST_ZERO);
-    let turning = ExportInfo { rotational: true, ..ExportInfo::new("vol0", SIZE) };
+    let turning = ExportInfo { rotational: true, ..vol0() };
     assert_eq!(turning.transmission_flags(Replies::Simple) ^ flags, NBD_FLAG_ROTATIONAL);
 }
 
@@ -174,7 +192,7 @@ fn structured_replies_are_agreed_to_and_df_is_announced_only_then() {
     assert_eq!(replies_to(&structured, &ALL), [(NBD_OPT_STRUCTURED_REPLY, NBD_REP_ACK, Vec::new())]);
     for last in [option(NBD_OPT_EXPORT_NAME, b"vol0"), info(NBD_OPT_GO, "vol0", &[])] {
         let outcome = feed(&[fixed(), structured.clone(), last].concat(), &ALL);
-        let export = ExportInfo::new("vol0", SIZE);
+        let export = vol0();
         let flags = export.transmission_flags(Replies::Structured).to_be_bytes();
         let announced = [&SIZE.to_be_bytes()[..], &flags].concat();
         assert!(outcome.sent.windows(10).any(|bytes| bytes == announced), "{:x?}", outcome.sent);
@@ -187,7 +205,7 @@ fn structured_replies_are_not_agreed_to_with_data() {
     let bad = option(NBD_OPT_STRUCTURED_REPLY, b"1");
     assert_refused(&bad, NBD_OPT_STRUCTURED_REPLY, NBD_REP_ERR_INVALID, "no data");
     let outcome = feed(&[fixed(), bad, info(NBD_OPT_GO, "vol0", &[])].concat(), &ALL);
-    assert_eq!(outcome.progress, entered(ExportInfo::new("vol0", SIZE), Replies::Simple));
+    assert_eq!(outcome.progress, entered(vol0(), Replies::Simple));
 }
 
 fn extended() -> Vec<u8> {
@@ -197,7 +215,9 @@ fn extended() -> Vec<u8> {
 /// The replies that a session with these options ends in.
 fn agreed(options: &[Vec<u8>]) -> Replies {
     let outcome = feed(&[fixed(), options.concat(), info(NBD_OPT_GO, "vol0", &[])].concat(), &ALL);
-    let Progress::Transmission(_, replies, _) = outcome.progress else { panic!("{:?}", outcome.progress) };
+    let Progress::Transmission(Terms { replies, .. }) = outcome.progress else {
+        panic!("{:?}", outcome.progress)
+    };
     replies
 }
 
@@ -208,7 +228,7 @@ fn extended_headers_are_agreed_to_with_and_without_structured_replies_before() {
     assert_eq!(agreed(&[option(NBD_OPT_STRUCTURED_REPLY, b""), extended()]), Replies::Extended);
     assert_eq!(agreed(&[extended(), extended()]), Replies::Extended);
     let outcome = feed(&[fixed(), extended(), info(NBD_OPT_GO, "vol0", &[])].concat(), &ALL);
-    let flags = ExportInfo::new("vol0", SIZE).transmission_flags(Replies::Extended).to_be_bytes();
+    let flags = vol0().transmission_flags(Replies::Extended).to_be_bytes();
     assert!(replies(&outcome.sent)[1].2.ends_with(&flags), "DF is announced");
 }
 
@@ -273,7 +293,9 @@ fn contexts_of(options: &[Vec<u8>]) -> Vec<(u32, String)> {
 /// The names of the contexts that a session with these options ends in, with `NBD_OPT_GO` to `name`.
 fn chosen(options: &[Vec<u8>], name: &str, exports: &dyn Exports) -> Vec<&'static str> {
     let outcome = feed(&[fixed(), options.concat(), info(NBD_OPT_GO, name, &[])].concat(), exports);
-    let Progress::Transmission(_, _, contexts) = outcome.progress else { panic!("{:?}", outcome.progress) };
+    let Progress::Transmission(Terms { contexts, .. }) = outcome.progress else {
+        panic!("{:?}", outcome.progress)
+    };
     contexts.iter().map(MetaContext::name).collect()
 }
 
@@ -364,7 +386,7 @@ fn contexts_hold_for_the_export_that_they_were_set_for() {
     assert_eq!(chosen(&[set.concat(), between], "vol0", &two), BOTH, "a look at another is no choice");
     for (name, expected) in [(&b"vol0"[..], &BOTH[..]), (b"vol1", &[])] {
         let outcome = feed(&[fixed(), set.concat(), option(NBD_OPT_EXPORT_NAME, name)].concat(), &two);
-        let Progress::Transmission(_, _, contexts) = outcome.progress else {
+        let Progress::Transmission(Terms { contexts, .. }) = outcome.progress else {
             panic!("{:?}", outcome.progress)
         };
         assert_eq!(contexts.iter().map(MetaContext::name).collect::<Vec<_>>(), expected);
@@ -430,7 +452,7 @@ fn client_flags_that_were_not_offered_close() {
 fn export_name_answers_with_and_without_zeroes() {
     for (flags, zeroes) in [(0, 124), (NBD_FLAG_C_FIXED_NEWSTYLE, 124), (NBD_FLAG_C_NO_ZEROES, 0), (3, 0)] {
         let outcome = feed(&[client_flags(flags), option(NBD_OPT_EXPORT_NAME, b"vol0")].concat(), &ALL);
-        assert_eq!(outcome.progress, entered(ExportInfo::new("vol0", SIZE), Replies::Simple));
+        assert_eq!(outcome.progress, entered(vol0(), Replies::Simple));
         let mut expected = export_reply()[2..].to_vec();
         expected.resize(expected.len() + zeroes, 0);
         assert_eq!(outcome.sent, expected);
@@ -453,7 +475,7 @@ fn go_enters_transmission_and_reads_nothing_behind_it() {
     let request = RequestHeader { flags: 0, command: NBD_CMD_FLUSH, handle: 1, offset: 0, len: 0 }.encode();
     let input = [&fixed()[..], &info(NBD_OPT_GO, "vol0", &[]), &request].concat();
     let outcome = feed(&input, &ALL);
-    assert_eq!(outcome.progress, entered(ExportInfo::new("vol0", SIZE), Replies::Simple));
+    assert_eq!(outcome.progress, entered(vol0(), Replies::Simple));
     assert_eq!(outcome.left, REQUEST_LEN);
     let expected = [(NBD_OPT_GO, NBD_REP_INFO, export_reply()), (NBD_OPT_GO, NBD_REP_ACK, Vec::new())];
     assert_eq!(replies(&outcome.sent), expected);
@@ -468,7 +490,7 @@ fn info_gives_what_is_asked_for_and_ignores_what_it_does_not_know() {
     for size in [1u32, 4096, 32 << 20] {
         block_size.extend_from_slice(&size.to_be_bytes());
     }
-    let text = ExportInfo::new("vol0", SIZE).description();
+    let text = vol0().description();
     let expected = [
         (NBD_OPT_INFO, NBD_REP_INFO, export_reply()),
         (NBD_OPT_INFO, NBD_REP_INFO, [&NBD_INFO_NAME.to_be_bytes(), &b"vol0"[..]].concat()),
@@ -495,7 +517,7 @@ fn go_right_after_info_says_the_same() {
 
 #[test]
 fn block_sizes_are_as_the_specification_wants_them() {
-    let ExportInfo { min_block, preferred_block, max_payload, .. } = ExportInfo::new("vol0", SIZE);
+    let ExportInfo { min_block, preferred_block, max_payload, .. } = vol0();
     assert!(min_block.is_power_of_two() && min_block <= 65536 && SIZE.is_multiple_of(min_block.into()));
     assert!(preferred_block.is_power_of_two() && preferred_block >= min_block.max(512));
     assert!(max_payload.is_multiple_of(min_block) && max_payload >= preferred_block.max(1 << 20));
@@ -522,7 +544,7 @@ fn the_empty_name_means_the_only_volume() {
         assert_eq!(none.progress, Progress::Continue);
     }
     let outcome = feed(&[fixed(), option(NBD_OPT_EXPORT_NAME, b"")].concat(), &Fixed(&["vol0"]));
-    assert_eq!(outcome.progress, entered(ExportInfo::new("vol0", SIZE), Replies::Simple));
+    assert_eq!(outcome.progress, entered(vol0(), Replies::Simple));
     let outcome = feed(&[fixed(), option(NBD_OPT_EXPORT_NAME, b"")].concat(), &ALL);
     assert!(matches!(outcome.progress, Progress::Close(CloseReason::ExportNameRefused { .. })));
 }
@@ -764,7 +786,7 @@ proptest! {
             replies(&outcome.sent).into_iter().filter(is_final).map(|r| (r.0, r.1)).collect();
         prop_assert_eq!(finals, expected);
         prop_assert_eq!(outcome.progress == Progress::Continue, goes_on);
-        if let Progress::Transmission(_, replies, contexts) = outcome.progress {
+        if let Progress::Transmission(Terms { replies, contexts, .. }) = outcome.progress {
             prop_assert_eq!(replies, form);
             prop_assert_eq!(contexts.iter().map(MetaContext::name).collect::<Vec<_>>(), selected);
         }
@@ -781,4 +803,48 @@ proptest! {
             prop_assert_eq!(finals, options.len(), "each option has exactly one final reply");
         }
     }
+}
+
+#[test]
+fn a_node_tells_where_a_volume_is() {
+    let replies = replies_to(&option(NBD_OPT_BLKREPL_NODES, b"away"), &ALL);
+    let entry = |text: &[u8], primary| [&[0, 0, 0, 4], text, &[primary]].concat();
+    let nodes = NBD_OPT_BLKREPL_NODES;
+    // An address that the protocol cannot carry is left out.
+    assert_eq!(
+        replies,
+        [
+            (nodes, NBD_REP_SERVER, entry(b"n1:1", 0)),
+            (nodes, NBD_REP_SERVER, entry(b"n2:2", 1)),
+            (nodes, NBD_REP_ACK, Vec::new())
+        ]
+    );
+    assert_refused(&option(nodes, b"nix"), nodes, NBD_REP_ERR_UNKNOWN, "no volume \"nix\"");
+    assert_refused(&option(nodes, b"\xff"), nodes, NBD_REP_ERR_INVALID, "not the name of a volume");
+}
+
+#[test]
+fn a_connection_joins_a_client_session() {
+    let id = 0x1122_3344_5566_7788_99aa_bbcc_ddee_ff00_u128;
+    let join = option(NBD_OPT_BLKREPL_SESSION, &id.to_be_bytes());
+    assert_eq!(replies_to(&join, &ALL), [(NBD_OPT_BLKREPL_SESSION, NBD_REP_ACK, Vec::new())]);
+    for last in [option(NBD_OPT_EXPORT_NAME, b"vol0"), info(NBD_OPT_GO, "vol0", &[])] {
+        let outcome = feed(&[fixed(), join.clone(), last].concat(), &ALL);
+        let Progress::Transmission(terms) = outcome.progress else { panic!("{:?}", outcome.progress) };
+        assert_eq!(terms.session, Some(ClientSessionId(id)));
+    }
+    for bad in [&b""[..], b"short", &[0; 17]] {
+        let (option, text) = (option(NBD_OPT_BLKREPL_SESSION, bad), "16 bytes");
+        assert_refused(&option, NBD_OPT_BLKREPL_SESSION, NBD_REP_ERR_INVALID, text);
+    }
+}
+
+#[test]
+fn the_lineage_is_told_to_who_asks() {
+    let wanted = info(NBD_OPT_INFO, "vol0", &[NBD_INFO_BLKREPL_LINEAGE]);
+    let said = [&NBD_INFO_BLKREPL_LINEAGE.to_be_bytes()[..], &LINEAGE.to_be_bytes()].concat();
+    let replies = replies_to(&wanted, &ALL);
+    assert!(replies.contains(&(NBD_OPT_INFO, NBD_REP_INFO, said.clone())), "{replies:?}");
+    let unasked = replies_to(&info(NBD_OPT_INFO, "vol0", &[]), &ALL);
+    assert!(!unasked.contains(&(NBD_OPT_INFO, NBD_REP_INFO, said)));
 }

@@ -133,7 +133,7 @@ fn is_clients_end(end: End) -> bool {
     match end {
         End::Client | End::Violation | End::Idle => true,
         // It may be there, and come back.
-        End::Unread | End::Stalled | End::Full | End::Server => false,
+        End::Unread | End::Stalled | End::Full | End::Replaced | End::Server => false,
     }
 }
 
@@ -232,14 +232,14 @@ impl Admission for Ticket {
             // Dropping the connection closes it; the client finds out where the volume went.
             return tracing::debug!(peer = client.peer, "the volume went away");
         };
-        let Attached { fd, protocol, peer } = client;
+        let Attached { fd, protocol, session, peer } = client;
         // Dropped untold, it says nothing of the client.
         let mut ticket = self;
         let guard = Box::new(move |end| {
             ticket.by_client = is_clients_end(end);
             drop(ticket);
         });
-        handle.client_connected(NewClient { key, socket: fd, protocol, name: peer, guard });
+        handle.client_connected(NewClient { key, socket: fd, protocol, session, name: peer, guard });
     }
 }
 

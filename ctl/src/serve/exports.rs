@@ -7,7 +7,7 @@
 use std::sync::{Arc, OnceLock};
 
 use blkrepl_engine::control::{ClusterState, VolumeRecord};
-use blkrepl_nbd::{Admitting, ExportInfo, ExportRefusal, Exports, Peer};
+use blkrepl_nbd::{Admitting, ExportInfo, ExportRefusal, Exports, Peer, Place};
 
 use super::attachments;
 use super::client_host::client_host;
@@ -86,9 +86,19 @@ impl Exports for NodeExports {
         let nature = node.nature(volume.id);
         Ok(ExportInfo {
             rotational: nature.is_some_and(|nature| nature.rotational),
+            lineage: Some(volume.lineage.0),
             fast_zero: nature.is_some_and(|nature| nature.makes_holes),
             ..ExportInfo::new(volume.name.clone(), volume.geometry.size())
         })
+    }
+
+    fn places(&self, name: &str) -> Result<Vec<Place>, ExportRefusal> {
+        let state = self.node()?.state();
+        let volume = find(&state, name)?;
+        let nodes = volume.replicas.iter().filter_map(|replica| state.nodes.get(&replica.node));
+        let placed = nodes.filter(|node| !node.addrs.nbd.is_empty());
+        let is_primary = |id| volume.primary.is_some_and(|primary| primary.node == id);
+        Ok(placed.map(|n| Place { address: n.addrs.nbd.clone(), primary: is_primary(n.id) }).collect())
     }
 
     fn admit(&self, name: &str, peer: Peer) -> Admitting {

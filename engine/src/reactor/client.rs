@@ -28,12 +28,32 @@ pub trait ClientProtocol: Send {
         false
     }
 
+    /// Which of its client's requests this one is, where the connection belongs to a client session.
+    fn turn(&self, _request: &FrontRequest) -> Option<Turn> {
+        None
+    }
+
     /// Appends the reply to one request to `out`: all of it, or what goes before the data of a read.
     fn reply(&mut self, request: &FrontRequest, answer: Answer<'_>, out: &mut Vec<u8>);
 
     /// The connection is closed. The last call; the protocol is dropped right after, when nothing of the
     /// connection is left but what the kernel may still have of its memory.
     fn closed(&mut self, _end: End) {}
+}
+
+/// Names a client session: the connections that one client has opened for one device, one after the other or at
+/// once, and over which it replays what was unanswered on those that it gave up. The client's choice, random.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ClientSessionId(pub u128);
+
+/// The place of a request among those of a client session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// The client has at most one request at a time in a slot.
+    pub slot: u32,
+    /// How often the slot was sent; wraps around. Of two requests of a slot the one with the higher count replaces
+    /// the other or comes after its answer.
+    pub count: u32,
 }
 
 /// Why a connection is closed.
@@ -51,6 +71,8 @@ pub enum End {
     Idle,
     /// The volume has as many connections as it takes.
     Full,
+    /// Its client replayed a request on another connection: it has given this one up.
+    Replaced,
     /// The volume stops, or is served elsewhere.
     Server,
 }

@@ -32,6 +32,7 @@ use super::client::{Answer, ClientFrame, ClientProtocol, End, FrontOp, FrontRequ
 use super::fair;
 use super::handle::{ClientGuard, ClientKey, NewClient};
 use super::outgoing::{Message, Outgoing};
+use super::replays::{Claim, ClientSessions, Replays};
 use super::ring::{Io, Span, Token};
 use super::staging::{STAGING_LEN, Staging};
 
@@ -87,6 +88,8 @@ struct Connection {
     key: ClientKey,
     socket: Rc<OwnedFd>,
     protocol: Box<dyn ClientProtocol>,
+    /// Of its client session, if it belongs to one.
+    replays: Option<Replays>,
     name: String,
     staging: Staging,
     state: State,
@@ -135,6 +138,7 @@ pub(super) struct Clients {
     busy: usize,
     connections: BTreeMap<ConnId, Connection>,
     next_conn: u64,
+    sessions: ClientSessions,
     /// Connections that wait for client bytes, in the order in which they began to.
     waiting: VecDeque<ConnId>,
     /// Connections with something to send, each once; some may be closed by now.
@@ -154,6 +158,7 @@ impl Clients {
             busy: 0,
             connections: BTreeMap::new(),
             next_conn: 1,
+            sessions: ClientSessions::default(),
             waiting: VecDeque::new(),
             to_flush: Vec::new(),
             status: Vec::new(),
@@ -180,7 +185,7 @@ impl Clients {
 
     /// Takes over a negotiated connection. `None` if there are too many.
     pub(super) fn add(&mut self, io: &mut Io, client: NewClient) -> Option<ConnId> {
-        let NewClient { key, socket, mut protocol, name, guard } = client;
+        let NewClient { key, socket, mut protocol, session, name, guard } = client;
         if self.connections.len() >= CONNECTIONS_MAX {
             // The protocol tells of it, as of all that clients do wrong: not as often as they do it.
             tracing::debug!(client = name, max = CONNECTIONS_MAX, "too many client connections: refused");
@@ -195,6 +200,7 @@ impl Clients {
             key,
             socket,
             protocol,
+            replays: session.map(|id| self.sessions.join(id)),
             name,
             guard,
             staging: Staging::new(&mut io.buffers),
@@ -315,6 +321,9 @@ impl Clients {
                     }
                 }
                 State::Waiting(request) => {
+                    if let Some(close) = connection.replaced(&request) {
+                        return Some(close);
+                    }
                     if !self.admit(io, conn, request) {
                         return None;
                     }
@@ -370,6 +379,9 @@ impl Clients {
             connection.staging.expect_body(0); // what is thrown away has no buffer of its own
             connection.state = State::Draining { request, left };
             return None;
+        }
+        if let Some(close) = connection.replaced(&request) {
+            return Some(close);
         }
         match request.op {
             FrontOp::Flush => {
@@ -466,6 +478,10 @@ impl Clients {
         if *got < len {
             return None;
         }
+        // The replay may have come while the payload did.
+        if let Some(close) = connection.replaced(&request) {
+            return Some(close);
+        }
         connection.state = State::Header;
         let aligned = skip == 0 && request.len.is_multiple_of(block);
         let content = io.buffers.bytes(buf);
@@ -492,7 +508,12 @@ impl Clients {
         if let Some(piece) = request.piece.take() {
             io.buffers.release(piece);
         }
-        if request.rest > 0 && result.is_ok() {
+        let (front, more) = (request.front, request.rest > 0 && result.is_ok());
+        // Who has replayed it elsewhere hears nothing of it here.
+        let replaced = more && connection.replaced(&front).is_some();
+        let result = if replaced { Err(ClientError::Shutdown) } else { result };
+        if more && !replaced {
+            let request = connection.requests.get_mut(&cookie).expect("was found just above");
             let fills = request.front.fills();
             let done = request.front.len - request.rest;
             let len = request.rest.min(if fills { FILL_PIECE_LEN } else { ZERO_PIECE_LEN });
@@ -778,6 +799,23 @@ impl Connection {
         let frame = self.protocol.parse(self.staging.bytes(&io.buffers).get(..len)?);
         self.staging.consume(len);
         Some(frame)
+    }
+
+    /// Why the connection is to be closed in place of starting a request, or the next piece of it: the client has
+    /// replayed it elsewhere [R24].
+    fn replaced(&self, request: &FrontRequest) -> Option<Next> {
+        let (replays, turn) = (self.replays.as_ref()?, self.protocol.turn(request)?);
+        match replays.claim(turn) {
+            Claim::Latest => None,
+            Claim::Replaced if mutated(Mutation::R24) => None,
+            Claim::Replaced => {
+                let text = format!("its client has replayed a request elsewhere, sent {} times", turn.count);
+                Some(Next::Close(End::Replaced, text))
+            }
+            Claim::TooManySlots => {
+                Some(Next::Close(End::Violation, "a client session with too many slots".into()))
+            }
+        }
     }
 
     /// Remembers a request and makes the core's form of it.

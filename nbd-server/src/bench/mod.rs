@@ -285,7 +285,7 @@ mod tests {
 
     fn facts() -> ExportFacts {
         let flags = proto::NBD_FLAG_HAS_FLAGS | proto::NBD_FLAG_SEND_FLUSH | proto::NBD_FLAG_SEND_FUA;
-        ExportFacts { size: 1 << 20, flags, block_sizes: Some([512, 4096, 65536]) }
+        ExportFacts { size: 1 << 20, flags, block_sizes: Some([512, 4096, 65536]), lineage: None }
     }
 
     fn write_options() -> BenchOptions {

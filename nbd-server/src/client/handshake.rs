@@ -8,6 +8,7 @@ use std::time::Instant;
 use super::ClientOptions;
 use super::error::{NbdError, RefusalKind};
 use super::sock::Sock;
+use crate::export::Place;
 use crate::proto::{self, be16, be32, be64};
 use crate::uri::Target;
 
@@ -25,6 +26,8 @@ pub struct ExportFacts {
     pub flags: u16,
     /// Smallest alignment, preferred alignment, longest read or write; bytes. `None` if not said.
     pub block_sizes: Option<[u32; 3]>,
+    /// The lineage of the volume's content; only a server of blkrepl says it.
+    pub lineage: Option<u128>,
 }
 
 /// Lists the exports of a server.
@@ -32,47 +35,79 @@ pub struct ExportFacts {
 /// # Errors
 /// What went wrong on the way.
 pub fn list_exports(target: &Target, options: ClientOptions) -> Result<Vec<String>, NbdError> {
+    let listed = ask_list(target, proto::NBD_OPT_LIST, &[], options)?;
+    Ok(listed.into_iter().map(|(name, _)| name).collect())
+}
+
+/// Asks a node of a cluster which nodes have a volume.
+///
+/// # Errors
+/// What went wrong on the way; also if the server is not one of blkrepl.
+pub fn places(target: &Target, volume: &str, options: ClientOptions) -> Result<Vec<Place>, NbdError> {
+    let listed = ask_list(target, proto::NBD_OPT_BLKREPL_NODES, volume.as_bytes(), options)?;
+    let place = |(address, details): (String, Vec<u8>)| Place { address, primary: details == [1] };
+    Ok(listed.into_iter().map(place).collect())
+}
+
+/// Sends one option that is answered by a list: of names, and details.
+fn ask_list(
+    target: &Target,
+    wanted: u32,
+    data: &[u8],
+    options: ClientOptions,
+) -> Result<Vec<(String, Vec<u8>)>, NbdError> {
     let deadline = super::deadline_after(options.connect_timeout);
     let sock = Sock::connect(target, deadline)?;
     greet(&sock, deadline)?;
-    sock.send_all(&option(proto::NBD_OPT_LIST, &[]), deadline)?;
-    let mut names = Vec::new();
+    sock.send_all(&option(wanted, data), deadline)?;
+    let mut listed = Vec::new();
     for _ in 0..REPLIES_MAX {
-        let (reply, data) = receive_reply(&sock, proto::NBD_OPT_LIST, deadline)?;
+        let (reply, data) = receive_reply(&sock, wanted, deadline)?;
         match reply {
             proto::NBD_REP_ACK => {
                 // A courtesy; the server closes in any case.
                 let _ = sock.send_all(&option(proto::NBD_OPT_ABORT, &[]), deadline);
-                return Ok(names);
+                return Ok(listed);
             }
-            proto::NBD_REP_SERVER => names.push(listed_name(&data)?),
-            other => return Err(NbdError::Protocol(format!("option reply {other:#x} to NBD_OPT_LIST"))),
+            proto::NBD_REP_SERVER => listed.push(entry(&data)?),
+            other => return Err(NbdError::Protocol(format!("option reply {other:#x} to option {wanted}"))),
         }
     }
-    Err(NbdError::Protocol("NBD_OPT_LIST is answered without end".into()))
+    Err(NbdError::Protocol(format!("option {wanted} is answered without end")))
 }
 
 /// Negotiates up to the transmission phase.
-pub(super) fn go(sock: &Sock, export: &str, deadline: Instant) -> Result<ExportFacts, NbdError> {
+pub(super) fn go(
+    sock: &Sock,
+    export: &str,
+    session: Option<u128>,
+    deadline: Instant,
+) -> Result<ExportFacts, NbdError> {
     let name_len = u32::try_from(export.len()).ok().filter(|_| export.len() <= proto::STRING_BYTES_MAX);
     let name_len = name_len.ok_or_else(|| {
         NbdError::Usage(format!("an export name of {} bytes; NBD allows 4096", export.len()))
     })?;
     greet(sock, deadline)?;
+    if let Some(session) = session {
+        join(sock, session, deadline)?;
+    }
     let mut data = name_len.to_be_bytes().to_vec();
     data.extend_from_slice(export.as_bytes());
-    data.extend_from_slice(&1u16.to_be_bytes());
-    data.extend_from_slice(&proto::NBD_INFO_BLOCK_SIZE.to_be_bytes());
+    let wanted = [proto::NBD_INFO_BLOCK_SIZE, proto::NBD_INFO_BLKREPL_LINEAGE];
+    let wanted = &wanted[..if session.is_some() { 2 } else { 1 }];
+    data.extend_from_slice(&[0, wanted.len() as u8]);
+    wanted.iter().for_each(|info| data.extend_from_slice(&info.to_be_bytes()));
     sock.send_all(&option(proto::NBD_OPT_GO, &data), deadline)?;
     let mut export = None;
     let mut block_sizes = None;
+    let mut lineage = None;
     for _ in 0..REPLIES_MAX {
         let (reply, data) = receive_reply(sock, proto::NBD_OPT_GO, deadline)?;
         match reply {
             proto::NBD_REP_ACK => {
                 let (size, flags) =
                     export.ok_or_else(|| NbdError::Protocol("NBD_OPT_GO without NBD_INFO_EXPORT".into()))?;
-                return Ok(ExportFacts { size, flags, block_sizes });
+                return Ok(ExportFacts { size, flags, block_sizes, lineage });
             }
             proto::NBD_REP_INFO if data.len() < 2 => {
                 return Err(NbdError::Protocol("an information reply without its type".into()));
@@ -81,6 +116,9 @@ pub(super) fn go(sock: &Sock, export: &str, deadline: Instant) -> Result<ExportF
                 (proto::NBD_INFO_EXPORT, 12) => export = Some((be64(&data, 2), be16(&data, 10))),
                 (proto::NBD_INFO_BLOCK_SIZE, 14) => {
                     block_sizes = Some([be32(&data, 2), be32(&data, 6), be32(&data, 10)]);
+                }
+                (proto::NBD_INFO_BLKREPL_LINEAGE, 18) => {
+                    lineage = data.last_chunk().map(|bytes| u128::from_be_bytes(*bytes));
                 }
                 (proto::NBD_INFO_EXPORT | proto::NBD_INFO_BLOCK_SIZE, len) => {
                     return Err(NbdError::Protocol(format!("an information reply of {len} bytes")));
@@ -91,6 +129,16 @@ pub(super) fn go(sock: &Sock, export: &str, deadline: Instant) -> Result<ExportF
         }
     }
     Err(NbdError::Protocol("NBD_OPT_GO is answered without end".into()))
+}
+
+/// Makes the connection one of a client session.
+fn join(sock: &Sock, session: u128, deadline: Instant) -> Result<(), NbdError> {
+    let wanted = proto::NBD_OPT_BLKREPL_SESSION;
+    sock.send_all(&option(wanted, &session.to_be_bytes()), deadline)?;
+    match receive_reply(sock, wanted, deadline)? {
+        (proto::NBD_REP_ACK, _) => Ok(()),
+        (other, _) => Err(NbdError::Protocol(format!("option reply {other:#x} to option {wanted}"))),
+    }
 }
 
 fn greet(sock: &Sock, deadline: Instant) -> Result<(), NbdError> {
@@ -142,10 +190,11 @@ fn receive_reply(sock: &Sock, option: u32, deadline: Instant) -> Result<(u32, Ve
     Ok((reply, data))
 }
 
-fn listed_name(data: &[u8]) -> Result<String, NbdError> {
-    let name = data.split_first_chunk::<4>().and_then(|(len, rest)| {
-        let len = usize::try_from(u32::from_be_bytes(*len)).ok()?;
-        String::from_utf8(rest.get(..len)?.to_vec()).ok()
+/// The name in an entry of a list, and what follows it.
+fn entry(data: &[u8]) -> Result<(String, Vec<u8>), NbdError> {
+    let entry = data.split_first_chunk::<4>().and_then(|(len, rest)| {
+        let (name, details) = rest.split_at_checked(usize::try_from(u32::from_be_bytes(*len)).ok()?)?;
+        Some((String::from_utf8(name.to_vec()).ok()?, details.to_vec()))
     });
-    name.ok_or_else(|| NbdError::Protocol("an entry of the export list is not a name".into()))
+    entry.ok_or_else(|| NbdError::Protocol("an entry of a list is not a name".into()))
 }

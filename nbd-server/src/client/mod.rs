@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 pub use error::{NbdError, RefusalKind};
-pub use handshake::{ExportFacts, list_exports};
+pub use handshake::{ExportFacts, list_exports, places};
 
 use crate::proto::{self, NbdErrno, RequestHeader, SIMPLE_REPLY_LEN};
 use crate::uri::NbdUri;
@@ -179,10 +179,25 @@ pub fn connect_raw(uri: &NbdUri, options: ClientOptions) -> Result<(OwnedFd, Exp
     Ok((sock.into_fd(), facts))
 }
 
+/// The same for a connection of a client session, whose requests are then known apart from their replays.
+///
+/// # Errors
+/// As for [`connect_raw`]; also if the server knows no client sessions, as others than blkrepl's do not.
+pub fn connect_session(
+    uri: &NbdUri,
+    session: u128,
+    options: ClientOptions,
+) -> Result<(OwnedFd, ExportFacts), NbdError> {
+    let deadline = deadline_after(options.connect_timeout);
+    let sock = Sock::connect(&uri.target, deadline)?;
+    let facts = handshake::go(&sock, &uri.export, Some(session), deadline)?;
+    Ok((sock.into_fd(), facts))
+}
+
 fn open(uri: &NbdUri, options: ClientOptions) -> Result<(Sock, ExportFacts), NbdError> {
     let deadline = deadline_after(options.connect_timeout);
     let sock = Sock::connect(&uri.target, deadline)?;
-    let facts = handshake::go(&sock, &uri.export, deadline)?;
+    let facts = handshake::go(&sock, &uri.export, None, deadline)?;
     Ok((sock, facts))
 }
 

@@ -341,6 +341,10 @@ impl ClientProtocol for Toy {
         TOY_HEADER
     }
 
+    fn turn(&self, request: &FrontRequest) -> Option<Turn> {
+        Some(Turn { slot: request.handle as u32, count: (request.handle >> 32) as u32 })
+    }
+
     fn parse(&mut self, header: &[u8]) -> ClientFrame {
         let number = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().unwrap());
         let op = match header[0] {
@@ -505,7 +509,8 @@ pub(super) struct Rig {
 
 /// A client of the toy protocol.
 pub(super) fn new_client(socket: OwnedFd, key: u64, guard: ClientGuard) -> NewClient {
-    NewClient { key: ClientKey(key), socket, protocol: Box::new(Toy), name: "test".into(), guard }
+    let (key, protocol) = (ClientKey(key), Box::new(Toy));
+    NewClient { key, socket, protocol, session: None, name: "test".into(), guard }
 }
 
 impl Rig {
@@ -529,6 +534,15 @@ impl Rig {
         here.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         there.set_nonblocking(true).unwrap();
         self.volume.client_connected(new_client(OwnedFd::from(there), 0, Box::new(|_| ())));
+        Client(here)
+    }
+
+    /// The same, of a client session.
+    pub(super) fn client_of(&self, session: u128) -> Client<UnixStream> {
+        let (here, there) = UnixStream::pair().unwrap();
+        here.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let client = new_client(OwnedFd::from(there), 0, Box::new(|_| ()));
+        self.volume.client_connected(NewClient { session: Some(ClientSessionId(session)), ..client });
         Client(here)
     }
 
