@@ -6,9 +6,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use blkrepl_engine::control::RESYNC_WINDOW_MAX;
-use blkrepl_nbd::NbdUri;
 use blkrepl_nbd::bench::{BLOCK_SIZE_MAX, TIME_MAX};
+use blkrepl_nbd::{NbdUri, Target};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::map;
+use crate::map::device::parse_node;
 
 /// Done.
 pub const EXIT_DONE: u8 = 0;
@@ -58,6 +61,12 @@ pub enum Command {
     Move(MoveArgs),
     /// End the attachment of a client host to a volume: its connections are closed, another one may come.
     Detach(DetachArgs),
+    /// Show a volume as a block device of this machine, and keep it on its primary until it is unmapped.
+    Map(MapArgs),
+    /// End a mapping of this machine.
+    Unmap(UnmapArgs),
+    /// Show what is mapped on this machine.
+    Mapped(MappedArgs),
     /// List nodes.
     #[command(subcommand)]
     Node(NodeCommand),
@@ -308,6 +317,48 @@ pub struct DetachArgs {
     pub client: String,
 }
 
+/// `blkrepl map`.
+#[derive(Debug, Args)]
+pub struct MapArgs {
+    /// Name of the volume.
+    pub volume: String,
+    /// The device, such as /dev/nbd0 [default: one that is free].
+    #[arg(value_name = "DEVICE", value_parser = parse_node)]
+    pub device: Option<u32>,
+    /// NBD address of a node of the cluster; may be repeated. One that can be reached is enough, it knows the
+    /// others [default: those of --config].
+    #[arg(long = "node", value_name = "HOST:PORT", value_parser = parse_nbd_address, conflicts_with = "config")]
+    pub nodes: Vec<Target>,
+    /// Config file of this machine's node [default: /etc/blkrepl/node.toml].
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Block size of the device in bytes; 512 for a file system that was made with sectors of 512 bytes.
+    #[arg(long, value_name = "BYTES", default_value_t = 4096, value_parser = parse_device_block_size)]
+    pub block_size: u32,
+    /// Seconds without a primary after which requests fail [default: never; they wait].
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    pub give_up_after: Option<u64>,
+}
+
+/// `blkrepl unmap`.
+#[derive(Debug, Args)]
+pub struct UnmapArgs {
+    /// Name of the volume, or the device.
+    #[arg(value_name = "VOLUME|DEVICE")]
+    pub what: String,
+    /// Although it is in use: what was not written is lost, and whoever uses it gets errors.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `blkrepl mapped`.
+#[derive(Debug, Args)]
+pub struct MappedArgs {
+    /// Print only the volume that this device (nbd0) shows; for the udev rule.
+    #[arg(long, value_name = "DEVICE")]
+    pub volume_of: Option<String>,
+}
+
 /// `blkrepl promote`.
 #[derive(Debug, Args)]
 pub struct PromoteArgs {
@@ -395,6 +446,19 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         _ => return Err(allowed()),
     };
     number.checked_mul(unit).filter(|&n| n > 0).ok_or_else(allowed)
+}
+
+fn parse_nbd_address(text: &str) -> Result<Target, String> {
+    let refused = || format!("'{text}' is not the NBD address of a node, such as 10.0.0.1:10809");
+    if text.contains('/') {
+        return Err(refused());
+    }
+    map::locator::target_of(text).ok_or_else(refused)
+}
+
+fn parse_device_block_size(text: &str) -> Result<u32, String> {
+    let size = text.parse().ok().filter(|size: &u32| size.is_power_of_two() && (512..=4096).contains(size));
+    size.ok_or_else(|| format!("'{text}' is not a block size: 512, 1024, 2048 or 4096 bytes"))
 }
 
 fn parse_block_size(text: &str) -> Result<u32, String> {

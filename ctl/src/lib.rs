@@ -16,6 +16,8 @@ pub mod demo;
 pub mod dev;
 pub mod events;
 pub mod init;
+pub mod map;
+pub mod memory;
 pub mod node_dir;
 pub mod ops;
 pub mod render;

@@ -733,7 +733,7 @@ async fn promoted(node: &Arc<Node>, record: &VolumeRecord, text: String) -> Resu
 }
 
 /// A random 128-bit id.
-fn random_id() -> Result<u128, String> {
+pub(crate) fn random_id() -> Result<u128, String> {
     use std::io::Read;
     let mut bytes = [0; 16];
     std::fs::File::open("/dev/urandom")

@@ -12,11 +12,11 @@ use tracing_subscriber::EnvFilter;
 use crate::admin::client::{self, ANSWER_TIMEOUT, AdminClient};
 use crate::admin::{Done, Request, SettingsChange, StatusView, VolumeView};
 use crate::cli::{
-    Cli, ClusterCommand, Command, EXIT_DONE, EXIT_FAILED, EventsArgs, NodeCommand, VolumeCommand,
+    Cli, ClusterCommand, Command, EXIT_DONE, EXIT_FAILED, EventsArgs, MappedArgs, NodeCommand, VolumeCommand,
 };
 use crate::events::EventRecord;
 use crate::serve::passed::Passed;
-use crate::{bench, config, demo, dev, init, render, serve};
+use crate::{bench, config, demo, dev, init, map, render, serve};
 
 /// Runs the command, with the sockets that a service manager passed, of which only a node makes use.
 /// 0 done, 1 refused or failed (2, wrong usage, is clap's).
@@ -93,6 +93,23 @@ fn dispatch(cli: &Cli, passed: Result<Vec<Passed>, String>) -> anyhow::Result<()
         }
         Command::Detach(args) => {
             change(cli, &Request::Detach { volume: args.volume.clone(), client: args.client.clone() })
+        }
+        Command::Map(args) => {
+            set_up_log("info");
+            map::map(args)
+        }
+        Command::Unmap(args) => {
+            set_up_log("warn");
+            let done = map::unmap(args)?;
+            print(cli, &done, || done.text.clone())
+        }
+        Command::Mapped(MappedArgs { volume_of: Some(name) }) => {
+            let volume = map::volume_of(name)?;
+            print(cli, &json!({"volume": volume}), || volume.clone())
+        }
+        Command::Mapped(MappedArgs { volume_of: None }) => {
+            let all = map::mapped()?;
+            print(cli, &all, || map::table(&all))
         }
         Command::Node(NodeCommand::List) => {
             let view = ask_status(cli)?;

@@ -87,7 +87,7 @@ mutations! {
     R22 = "r22",
     /// R23: the end of a reign does not close the client connections (`leave_reign`).
     R23 = "r23",
-    /// R24: what a closed or stale connection sent is still begun (`client_closed`; `Clients::gone`, `replaced`).
+    /// R24: what a closed or stale connection sent is still begun (`client_closed`; `Clients::gone`, `replaced_by`).
     R24 = "r24",
     /// R25: a resize does not ask whether the members are ready (`apply::volumes::resize`).
     R25 = "r25",

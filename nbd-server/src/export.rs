@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 
-use blkrepl_engine::reactor::client::{ClientProtocol, ClientSessionId};
+use blkrepl_engine::reactor::client::{ClientProtocol, ClientSession};
 use thiserror::Error;
 
 use crate::proto;
@@ -198,7 +198,7 @@ pub struct Attached {
     /// Its codec.
     pub protocol: Box<dyn ClientProtocol>,
     /// The client session that it belongs to, if any.
-    pub session: Option<ClientSessionId>,
+    pub session: Option<ClientSession>,
     /// The client's address, for logs.
     pub peer: String,
 }

@@ -10,7 +10,7 @@
 //! longer data is thrown away as it comes, up to [`OPTION_DRAIN_MAX`], and there are at most
 //! [`OPTIONS_MAX`] options in a session.
 
-use blkrepl_engine::reactor::ClientSessionId;
+use blkrepl_engine::reactor::ClientSession;
 use thiserror::Error;
 
 use crate::context::{Contexts, MetaRequest};
@@ -57,7 +57,7 @@ pub struct Terms {
     /// The metadata contexts that the client chose.
     pub contexts: Contexts,
     /// The client session that the connection belongs to, if the client named one.
-    pub session: Option<ClientSessionId>,
+    pub session: Option<ClientSession>,
 }
 
 /// Why a negotiation ended without an export.
@@ -130,7 +130,7 @@ pub struct Negotiation {
     no_zeroes: bool,
     replies: Replies,
     selection: Option<Selection>,
-    session: Option<ClientSessionId>,
+    session: Option<ClientSession>,
     options: u32,
 }
 
@@ -388,11 +388,14 @@ impl Negotiation {
 
     fn on_session(&mut self, data: &[u8], out: &mut Vec<u8>) {
         let option = proto::NBD_OPT_BLKREPL_SESSION;
-        if let Ok(id) = <[u8; 16]>::try_from(data) {
-            self.session = Some(ClientSessionId(u128::from_be_bytes(id)));
+        let parts = data.split_first_chunk::<16>().map(|(id, rest)| (*id, <[u8; 8]>::try_from(rest)));
+        if let Some((id, Ok(generation))) = parts {
+            let (id, generation) = (u128::from_be_bytes(id), u64::from_be_bytes(generation));
+            self.session = Some(ClientSession { id, generation });
             put_reply(out, option, proto::NBD_REP_ACK, &[]);
         } else {
-            put_error(out, option, proto::NBD_REP_ERR_INVALID, "a client session is named by 16 bytes");
+            let text = "a client session is named by 16 bytes, and 8 bytes are its generation";
+            put_error(out, option, proto::NBD_REP_ERR_INVALID, text);
         }
     }
 

@@ -78,7 +78,8 @@ pub const NBD_OPT_SET_META_CONTEXT: u32 = 10;
 pub const NBD_OPT_EXTENDED_HEADERS: u32 = 11;
 /// Option of blkrepl: which nodes have a volume, and which of them is primary. Data: the volume's name.
 pub const NBD_OPT_BLKREPL_NODES: u32 = 0x424c_0001;
-/// Option of blkrepl: the connection belongs to a client session. Data: the session's id, 16 bytes.
+/// Option of blkrepl: the connection belongs to a client session. Data: the session's id, 16 bytes, and its
+/// generation, 8 bytes.
 pub const NBD_OPT_BLKREPL_SESSION: u32 = 0x424c_0002;
 
 /// Option reply: done.

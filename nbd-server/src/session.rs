@@ -7,9 +7,7 @@
 
 use std::sync::Arc;
 
-use blkrepl_engine::reactor::client::{
-    Answer, ClientFrame, ClientProtocol, End, FrontOp, FrontRequest, Turn,
-};
+use blkrepl_engine::reactor::client::{Answer, ClientFrame, ClientProtocol, End, FrontOp, FrontRequest};
 use blkrepl_engine::replica::ClientError;
 use blkrepl_engine::types::Extent;
 
@@ -326,13 +324,6 @@ impl ClientProtocol for Session {
             guest.broke_protocol(text);
         }
         frame
-    }
-
-    /// As the kernel makes handles (`nbd_cmd_handle` in drivers/block/nbd.c): below the tag of the request, which is
-    /// its own until it is answered, above how often that tag was sent.
-    fn turn(&self, request: &FrontRequest) -> Option<Turn> {
-        // Both halves are 32 bits.
-        Some(Turn { slot: request.handle as u32, count: (request.handle >> 32) as u32 })
     }
 
     fn closed(&mut self, end: End) {

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
-use blkrepl_engine::reactor::ClientSessionId;
+use blkrepl_engine::reactor::ClientSession;
 use blkrepl_nbd::negotiate::{
     CloseReason, Negotiation, OPTION_BYTES_MAX, OPTION_DRAIN_MAX, OPTIONS_MAX, Progress, Terms, Want,
 };
@@ -826,14 +826,16 @@ fn a_node_tells_where_a_volume_is() {
 #[test]
 fn a_connection_joins_a_client_session() {
     let id = 0x1122_3344_5566_7788_99aa_bbcc_ddee_ff00_u128;
-    let join = option(NBD_OPT_BLKREPL_SESSION, &id.to_be_bytes());
+    let session = ClientSession { id, generation: 0x0102_0304_0506_0708 };
+    let data = [&id.to_be_bytes()[..], &session.generation.to_be_bytes()].concat();
+    let join = option(NBD_OPT_BLKREPL_SESSION, &data);
     assert_eq!(replies_to(&join, &ALL), [(NBD_OPT_BLKREPL_SESSION, NBD_REP_ACK, Vec::new())]);
     for last in [option(NBD_OPT_EXPORT_NAME, b"vol0"), info(NBD_OPT_GO, "vol0", &[])] {
         let outcome = feed(&[fixed(), join.clone(), last].concat(), &ALL);
         let Progress::Transmission(terms) = outcome.progress else { panic!("{:?}", outcome.progress) };
-        assert_eq!(terms.session, Some(ClientSessionId(id)));
+        assert_eq!(terms.session, Some(session));
     }
-    for bad in [&b""[..], b"short", &[0; 17]] {
+    for bad in [&b""[..], b"short", &[0; 16], &[0; 23], &[0; 25]] {
         let (option, text) = (option(NBD_OPT_BLKREPL_SESSION, bad), "16 bytes");
         assert_refused(&option, NBD_OPT_BLKREPL_SESSION, NBD_REP_ERR_INVALID, text);
     }

@@ -30,6 +30,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::admin::server as admin;
 use crate::config::{Kind, NodeConfig};
 use crate::events::{EventLog, Happening};
+use crate::memory;
 use crate::node_dir::{DirLock, PID_FILE};
 use crate::ops::{self, Ops};
 use exports::NodeExports;
@@ -50,6 +51,10 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 pub fn run(config: NodeConfig, passed: Vec<Passed>) -> anyhow::Result<()> {
     let lock = DirLock::take(&config.dir, PID_FILE, "daemon")?;
     end_with_any_panic();
+    if config.kind == Kind::Data {
+        // The volume may be mapped on this very machine.
+        memory::hold_for_block_io();
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(16)

@@ -28,11 +28,6 @@ pub trait ClientProtocol: Send {
         false
     }
 
-    /// Which of its client's requests this one is, where the connection belongs to a client session.
-    fn turn(&self, _request: &FrontRequest) -> Option<Turn> {
-        None
-    }
-
     /// Appends the reply to one request to `out`: all of it, or what goes before the data of a read.
     fn reply(&mut self, request: &FrontRequest, answer: Answer<'_>, out: &mut Vec<u8>);
 
@@ -41,19 +36,14 @@ pub trait ClientProtocol: Send {
     fn closed(&mut self, _end: End) {}
 }
 
-/// Names a client session: the connections that one client has opened for one device, one after the other or at
-/// once, and over which it replays what was unanswered on those that it gave up. The client's choice, random.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ClientSessionId(pub u128);
-
-/// The place of a request among those of a client session.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Turn {
-    /// The client has at most one request at a time in a slot.
-    pub slot: u32,
-    /// How often the slot was sent; wraps around. Of two requests of a slot the one with the higher count replaces
-    /// the other or comes after its answer.
-    pub count: u32,
+/// What a connection says of the client session that it belongs to: those that one client has opened for one device,
+/// one after the other, and over which it replays what was unanswered on those that it gave up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ClientSession {
+    /// Names the session. The client's choice, random.
+    pub id: u128,
+    /// Rises whenever the client opens connections in the place of others, which it has given up by then.
+    pub generation: u64,
 }
 
 /// Why a connection is closed.
@@ -71,7 +61,7 @@ pub enum End {
     Idle,
     /// The volume has as many connections as it takes.
     Full,
-    /// Its client replayed a request on another connection: it has given this one up.
+    /// Its client has opened another one in its place.
     Replaced,
     /// The volume stops, or is served elsewhere.
     Server,

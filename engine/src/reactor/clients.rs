@@ -28,12 +28,12 @@ use crate::types::{ByteRange, Extent, Geometry, Nanos};
 use crate::wire::{BufId, Payload};
 
 use super::buffers::Account;
-use super::client::{Answer, ClientFrame, ClientProtocol, End, FrontOp, FrontRequest};
+use super::client::{Answer, ClientFrame, ClientProtocol, ClientSession, End, FrontOp, FrontRequest};
 use super::fair;
 use super::handle::{ClientGuard, ClientKey, NewClient};
 use super::outgoing::{Message, Outgoing};
-use super::replays::{Claim, ClientSessions, Replays};
 use super::ring::{Io, Span, Token};
+use super::sessions::ClientSessions;
 use super::staging::{STAGING_LEN, Staging};
 
 /// Most client connections of one volume; further ones are closed at once.
@@ -88,8 +88,7 @@ struct Connection {
     key: ClientKey,
     socket: Rc<OwnedFd>,
     protocol: Box<dyn ClientProtocol>,
-    /// Of its client session, if it belongs to one.
-    replays: Option<Replays>,
+    session: Option<ClientSession>,
     name: String,
     staging: Staging,
     state: State,
@@ -183,6 +182,18 @@ impl Clients {
         states.filter(|(_, fd)| fd.revents().intersects(watched)).map(|(id, _)| *id).collect()
     }
 
+    /// The connections that a client gave up when it opened one of this session: those of earlier generations [R24].
+    /// `None` if it has given up that one itself by now.
+    pub(super) fn replaced_by(&mut self, session: ClientSession) -> Option<Vec<ConnId>> {
+        if mutated(Mutation::R24) {
+            return Some(Vec::new());
+        }
+        let earlier = |c: &Connection| {
+            c.session.is_some_and(|s| s.id == session.id && s.generation < session.generation)
+        };
+        self.sessions.join(session).then(|| self.select(earlier))
+    }
+
     /// Takes over a negotiated connection. `None` if there are too many.
     pub(super) fn add(&mut self, io: &mut Io, client: NewClient) -> Option<ConnId> {
         let NewClient { key, socket, mut protocol, session, name, guard } = client;
@@ -200,7 +211,7 @@ impl Clients {
             key,
             socket,
             protocol,
-            replays: session.map(|id| self.sessions.join(id)),
+            session,
             name,
             guard,
             staging: Staging::new(&mut io.buffers),
@@ -321,9 +332,6 @@ impl Clients {
                     }
                 }
                 State::Waiting(request) => {
-                    if let Some(close) = connection.replaced(&request) {
-                        return Some(close);
-                    }
                     if !self.admit(io, conn, request) {
                         return None;
                     }
@@ -379,9 +387,6 @@ impl Clients {
             connection.staging.expect_body(0); // what is thrown away has no buffer of its own
             connection.state = State::Draining { request, left };
             return None;
-        }
-        if let Some(close) = connection.replaced(&request) {
-            return Some(close);
         }
         match request.op {
             FrontOp::Flush => {
@@ -478,10 +483,6 @@ impl Clients {
         if *got < len {
             return None;
         }
-        // The replay may have come while the payload did.
-        if let Some(close) = connection.replaced(&request) {
-            return Some(close);
-        }
         connection.state = State::Header;
         let aligned = skip == 0 && request.len.is_multiple_of(block);
         let content = io.buffers.bytes(buf);
@@ -508,12 +509,7 @@ impl Clients {
         if let Some(piece) = request.piece.take() {
             io.buffers.release(piece);
         }
-        let (front, more) = (request.front, request.rest > 0 && result.is_ok());
-        // Who has replayed it elsewhere hears nothing of it here.
-        let replaced = more && connection.replaced(&front).is_some();
-        let result = if replaced { Err(ClientError::Shutdown) } else { result };
-        if more && !replaced {
-            let request = connection.requests.get_mut(&cookie).expect("was found just above");
+        if request.rest > 0 && result.is_ok() {
             let fills = request.front.fills();
             let done = request.front.len - request.rest;
             let len = request.rest.min(if fills { FILL_PIECE_LEN } else { ZERO_PIECE_LEN });
@@ -799,23 +795,6 @@ impl Connection {
         let frame = self.protocol.parse(self.staging.bytes(&io.buffers).get(..len)?);
         self.staging.consume(len);
         Some(frame)
-    }
-
-    /// Why the connection is to be closed in place of starting a request, or the next piece of it: the client has
-    /// replayed it elsewhere [R24].
-    fn replaced(&self, request: &FrontRequest) -> Option<Next> {
-        let (replays, turn) = (self.replays.as_ref()?, self.protocol.turn(request)?);
-        match replays.claim(turn) {
-            Claim::Latest => None,
-            Claim::Replaced if mutated(Mutation::R24) => None,
-            Claim::Replaced => {
-                let text = format!("its client has replayed a request elsewhere, sent {} times", turn.count);
-                Some(Next::Close(End::Replaced, text))
-            }
-            Claim::TooManySlots => {
-                Some(Next::Close(End::Violation, "a client session with too many slots".into()))
-            }
-        }
     }
 
     /// Remembers a request and makes the core's form of it.

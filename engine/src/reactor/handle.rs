@@ -21,7 +21,7 @@ use crate::types::{
     ReplicaStatus,
 };
 
-use super::client::{ClientProtocol, ClientSessionId, End};
+use super::client::{ClientProtocol, ClientSession, End};
 use super::core::Core;
 use super::error::ReactorError;
 use super::open::VolumeFiles;
@@ -99,7 +99,7 @@ pub struct NewClient {
     /// Its codec.
     pub protocol: Box<dyn ClientProtocol>,
     /// The client session that it belongs to, if any.
-    pub session: Option<ClientSessionId>,
+    pub session: Option<ClientSession>,
     /// Who it is, for logs.
     pub name: String,
     /// Told when the connection is over (the volume takes no request from it any more) and how it ended; dropped

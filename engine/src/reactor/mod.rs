@@ -34,8 +34,8 @@ mod holes;
 mod open;
 mod outgoing;
 mod peers;
-mod replays;
 mod ring;
+mod sessions;
 mod staging;
 mod volume;
 
@@ -43,7 +43,7 @@ mod volume;
 mod tests;
 
 pub use self::core::Core;
-pub use client::{Answer, ClientFrame, ClientProtocol, ClientSessionId, End, FrontOp, FrontRequest, Turn};
+pub use client::{Answer, ClientFrame, ClientProtocol, ClientSession, End, FrontOp, FrontRequest};
 pub use error::ReactorError;
 pub use handle::{
     CONNECTIONS_WAITING_MAX, ClientGuard, ClientKey, CommandReply, ForceReply, NewClient, ReactorOptions,

@@ -283,7 +283,7 @@ impl<C: Core> Volume<C> {
         }
     }
 
-    fn add_client(&mut self, client: NewClient) {
+    fn add_client(&mut self, mut client: NewClient) {
         if let Err(error) = prepare_socket(&client.socket) {
             tracing::warn!(client = client.name, %error, "client connection refused: its socket cannot be used");
             return;
@@ -291,6 +291,18 @@ impl<C: Core> Volume<C> {
         // A client that comes back must not be overtaken by what its old connection still holds [R24].
         for conn in self.clients.gone() {
             self.close_client(conn, End::Client, "the client has shut down");
+        }
+        if let Some(session) = client.session {
+            let Some(replaced) = self.clients.replaced_by(session) else {
+                tracing::debug!(
+                    client = client.name,
+                    "client connection refused: a later one has taken its place"
+                );
+                return client.protocol.closed(End::Replaced);
+            };
+            for conn in replaced {
+                self.close_client(conn, End::Replaced, "its client has opened another one in its place");
+            }
         }
         self.settle();
         if let Some(conn) = self.clients.add(&mut self.io, client) {

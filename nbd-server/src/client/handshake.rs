@@ -5,6 +5,8 @@
 
 use std::time::Instant;
 
+use blkrepl_engine::reactor::ClientSession;
+
 use super::ClientOptions;
 use super::error::{NbdError, RefusalKind};
 use super::sock::Sock;
@@ -80,7 +82,7 @@ fn ask_list(
 pub(super) fn go(
     sock: &Sock,
     export: &str,
-    session: Option<u128>,
+    session: Option<ClientSession>,
     deadline: Instant,
 ) -> Result<ExportFacts, NbdError> {
     let name_len = u32::try_from(export.len()).ok().filter(|_| export.len() <= proto::STRING_BYTES_MAX);
@@ -132,9 +134,10 @@ pub(super) fn go(
 }
 
 /// Makes the connection one of a client session.
-fn join(sock: &Sock, session: u128, deadline: Instant) -> Result<(), NbdError> {
+fn join(sock: &Sock, session: ClientSession, deadline: Instant) -> Result<(), NbdError> {
     let wanted = proto::NBD_OPT_BLKREPL_SESSION;
-    sock.send_all(&option(wanted, &session.to_be_bytes()), deadline)?;
+    let data = [&session.id.to_be_bytes()[..], &session.generation.to_be_bytes()].concat();
+    sock.send_all(&option(wanted, &data), deadline)?;
     match receive_reply(sock, wanted, deadline)? {
         (proto::NBD_REP_ACK, _) => Ok(()),
         (other, _) => Err(NbdError::Protocol(format!("option reply {other:#x} to option {wanted}"))),

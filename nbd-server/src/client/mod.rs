@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 pub use error::{NbdError, RefusalKind};
 pub use handshake::{ExportFacts, list_exports, places};
 
+use blkrepl_engine::reactor::ClientSession;
+
 use crate::proto::{self, NbdErrno, RequestHeader, SIMPLE_REPLY_LEN};
 use crate::uri::NbdUri;
 use sock::{Ready, Sock};
@@ -179,13 +181,13 @@ pub fn connect_raw(uri: &NbdUri, options: ClientOptions) -> Result<(OwnedFd, Exp
     Ok((sock.into_fd(), facts))
 }
 
-/// The same for a connection of a client session, whose requests are then known apart from their replays.
+/// The same for a connection of a client session: once it is taken, nothing starts of those of earlier generations.
 ///
 /// # Errors
 /// As for [`connect_raw`]; also if the server knows no client sessions, as others than blkrepl's do not.
 pub fn connect_session(
     uri: &NbdUri,
-    session: u128,
+    session: ClientSession,
     options: ClientOptions,
 ) -> Result<(OwnedFd, ExportFacts), NbdError> {
     let deadline = deadline_after(options.connect_timeout);

@@ -197,59 +197,44 @@ fn r24_a_connection_that_stays_unread_is_closed() {
     quiet.write(0, &[1; 1]);
 }
 
-/// A handle as a client session has them.
-fn handle(slot: u32, count: u32) -> u64 {
-    u64::from(count) << 32 | u64::from(slot)
-}
-
-/// [R24]: what a client has replayed on another connection never starts, however late it comes.
+/// [R24]: what a client has given up does not start once it has replayed it, however late the rest of it comes.
 #[test]
-fn r24_a_request_that_was_replayed_elsewhere_does_not_start() {
+fn r24_nothing_of_a_replaced_connection_starts() {
     let rig = Rig::new(1 << 20);
-    let (mut old, mut new) = (rig.client_of(1), rig.client_of(1));
+    let mut old = rig.client_of(1, 1);
+    let mut beside = rig.client_of(1, 1);
+    let mut stranger = rig.client_of(2, 1);
+    old.write(8192, &[7; 4096]);
     // Half a write, whose other half is on its way.
-    old.send(WRITE, handle(0, 1), 0, 4096, &[1; 2048]);
-    new.send(WRITE, handle(0, 2), 0, 4096, &[1; 4096]);
-    assert_eq!(new.reply(), (handle(0, 2), 0));
-    new.send(WRITE, handle(1, 1), 0, 4096, &[2; 4096]);
-    assert_eq!(new.reply(), (handle(1, 1), 0));
+    old.send(WRITE, 1, 0, 4096, &[1; 2048]);
+    let mut new = rig.client_of(1, 2);
+    new.write(0, &[1; 4096]);
+    new.write(0, &[2; 4096]);
     // It may be closed by now.
     let _sent = old.0.write_all(&[1; 2048]);
-    assert!(old.is_closed(), "the first copy comes late");
-    // One that was not even read.
-    let mut older = rig.client_of(1);
-    older.send(WRITE, handle(0, 1), 0, 4096, &[3; 4096]);
-    assert!(older.is_closed());
+    assert!(old.is_closed() && beside.is_closed());
+    // One that was negotiated before and is handed over only now.
+    let mut late = rig.client_of(1, 1);
+    let _sent = late.0.write_all(&header(WRITE, 1, 0, 4096));
+    assert!(late.is_closed());
     assert_eq!(new.read(0, 4096), [2; 4096]);
-    assert_eq!(rig.shared.count("request"), 3);
+    assert_eq!(stranger.read(8192, 4096), [7; 4096], "another client's connections stay");
 }
 
-/// [R24]: the later pieces of a long trim that was replayed do not follow either.
+/// [R24]: the later pieces of a long trim do not follow either.
 #[test]
-fn r24_what_is_left_of_a_replayed_trim_does_not_follow() {
+fn r24_what_is_left_of_a_replaced_trim_does_not_follow() {
     let rig = Rig::new(96 << 20);
-    let (mut old, mut new) = (rig.client_of(1), rig.client_of(1));
     rig.hold();
-    old.send(TRIM, handle(0, 1), 0, 96 << 20, &[]);
+    let mut old = rig.client_of(1, 1);
+    old.send(TRIM, 1, 0, 96 << 20, &[]);
     eventually("its first piece is there", || rig.shared.count("request 1") == 1);
-    new.send(FLUSH, handle(0, 2), 0, 0, &[]);
-    eventually("the slot is used again", || rig.shared.count("request 2") == 1);
+    let mut new = rig.client_of(1, 2);
+    assert!(old.is_closed());
     rig.let_go();
-    assert_eq!(new.reply(), (handle(0, 2), 0));
-    assert_ne!(old.reply().1, 0, "nobody hears that it was done");
+    new.write(90 << 20, &[5; 4096]);
     assert_eq!(rig.shared.count("request 1"), 1, "no further piece");
-}
-
-#[test]
-fn a_client_without_a_session_may_use_handles_as_it_likes() {
-    let rig = Rig::new(1 << 20);
-    let (mut one, mut other) = (rig.client(), rig.client());
-    for client in [&mut one, &mut other, &mut rig.client_of(4), &mut rig.client_of(5)] {
-        client.send(FLUSH, handle(0, 7), 0, 0, &[]);
-        assert_eq!(client.reply(), (handle(0, 7), 0));
-    }
-    one.send(FLUSH, handle(0, 1), 0, 0, &[]);
-    assert_eq!(one.reply(), (handle(0, 1), 0));
+    assert_eq!(new.read(90 << 20, 4096), [5; 4096]);
 }
 
 /// [R23]: another reign: every connection is closed, nothing is answered, nothing of it starts later.

@@ -341,10 +341,6 @@ impl ClientProtocol for Toy {
         TOY_HEADER
     }
 
-    fn turn(&self, request: &FrontRequest) -> Option<Turn> {
-        Some(Turn { slot: request.handle as u32, count: (request.handle >> 32) as u32 })
-    }
-
     fn parse(&mut self, header: &[u8]) -> ClientFrame {
         let number = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().unwrap());
         let op = match header[0] {
@@ -538,11 +534,11 @@ impl Rig {
     }
 
     /// The same, of a client session.
-    pub(super) fn client_of(&self, session: u128) -> Client<UnixStream> {
+    pub(super) fn client_of(&self, id: u128, generation: u64) -> Client<UnixStream> {
         let (here, there) = UnixStream::pair().unwrap();
         here.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let client = new_client(OwnedFd::from(there), 0, Box::new(|_| ()));
-        self.volume.client_connected(NewClient { session: Some(ClientSessionId(session)), ..client });
+        self.volume.client_connected(NewClient { session: Some(ClientSession { id, generation }), ..client });
         Client(here)
     }
 
