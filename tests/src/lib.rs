@@ -27,6 +27,7 @@ pub mod scenario;
 pub mod status;
 pub mod usage;
 pub mod verify;
+pub mod vm;
 pub mod wait;
 
 pub use cluster::{Cluster, ClusterOptions};

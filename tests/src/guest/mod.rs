@@ -65,11 +65,8 @@ impl Guest {
         self.disks.iter().for_each(Disk::restore_power);
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
-        // Emulated throughout where the processor has no virtualisation of its own: a /dev/kvm without it may
-        // be there and not work.
-        let accel = if has_virtualisation() { "kvm:tcg" } else { "tcg" };
         command.args(["-machine", "q35", "-cpu", "max", "-smp", "1", "-m", "320"]);
-        for part in accel.split(':') {
+        for part in accelerators() {
             command.args(["-accel", part]);
         }
         command.args(["-serial", "stdio", "-kernel"]).arg(&image.kernel).arg("-initrd").arg(&image.initrd);
@@ -95,6 +92,12 @@ impl Guest {
         self.qemu = Some(Proc::spawn(&self.plan.name, &mut command, &log)?);
         Ok(())
     }
+}
+
+/// What qemu is to run a guest with, best first. Emulated throughout where the processor has no virtualisation of its
+/// own: a /dev/kvm without it may be there and not work.
+pub(crate) fn accelerators() -> &'static [&'static str] {
+    if has_virtualisation() { &["kvm", "tcg"] } else { &["tcg"] }
 }
 
 fn has_virtualisation() -> bool {
