@@ -79,6 +79,8 @@ enum Kind {
     Nbdfuse,
     /// Needs the kernel's nbd module.
     NbdClient,
+    /// Needs it, too, and stays in the foreground until it is ended.
+    Map,
 }
 
 fn kind(command: &str) -> Option<Kind> {
@@ -98,6 +100,8 @@ fn kind(command: &str) -> Option<Kind> {
         Some(Kind::Nbdfuse)
     } else if starts("nbd-client ") {
         Some(Kind::NbdClient)
+    } else if starts(&format!("{EXAMPLE_BINARY} map ")) {
+        Some(Kind::Map)
     } else {
         None
     }
@@ -165,6 +169,7 @@ fn commands_against_a_cluster_run() {
                 Kind::Plain => run_plain(&ready)?,
                 Kind::Nbdfuse => run_nbdfuse(cluster.dir(), &ready)?,
                 Kind::NbdClient => run_nbd_client(&ready)?,
+                Kind::Map => run_map(cluster.dir(), &ready)?,
             }
             cluster.wait_in_sync(SYNC_LIMIT)?;
         }
@@ -239,4 +244,29 @@ fn run_nbd_client(command: &str) -> Result<()> {
     }
     run(&mut shell(command), LIMIT)?.ok()?;
     run(Command::new("nbd-client").args(["-d", device]), LIMIT)?.ok().map(drop)
+}
+
+/// What it does on a kernel with the module, and through failovers: `vm_map`.
+fn run_map(scratch: &Path, command: &str) -> Result<()> {
+    if let Some(reason) = (!is_root()).then_some("it needs root") {
+        skipped_part("readme", &format!("`blkrepl map`: {reason}"));
+        return Ok(());
+    }
+    let log = scratch.join("map.log");
+    let mut map = Proc::spawn("map", &mut shell(&format!("exec {command}")), &log)?;
+    let mut ended = None;
+    wait_until("a device, or word of why there is none", LIMIT, || {
+        ended = map.exited().ok().flatten();
+        ended.is_some() || map.output().contains("is mapped as /dev/nbd")
+    })?;
+    if ended.is_some() {
+        ensure!(map.output().contains("no NBD client"), "it said: {}", map.output());
+        skipped_part("readme", "`blkrepl map`: no nbd module, which it says");
+        return Ok(());
+    }
+    let blkrepl = blkrepl()?;
+    run(Command::new(blkrepl).args(["unmap", "vol0"]), LIMIT)?.ok()?;
+    let status = map.wait(LIMIT)?;
+    ensure!(status.success(), "it ended with {status}");
+    Ok(())
 }
