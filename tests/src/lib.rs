@@ -15,6 +15,8 @@ pub mod faults;
 pub mod features;
 pub mod files;
 pub mod guest;
+pub mod ledger;
+pub mod mapped;
 pub mod mount;
 pub mod nbd;
 pub mod netns;

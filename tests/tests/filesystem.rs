@@ -6,12 +6,11 @@
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use blkrepl_tests::cluster::{FAILOVER_LIMIT, SYNC_LIMIT};
+use blkrepl_tests::ledger::Ledger;
 use blkrepl_tests::mount::{self, FileSystem, Mount};
 use blkrepl_tests::postgres::{self, Postgres};
 use blkrepl_tests::proc::{missing, run, run_ok};
@@ -23,45 +22,6 @@ const SIZE: u64 = 768 << 20;
 const LIMIT: Duration = Duration::from_secs(120);
 /// How long the load runs before the primary is killed.
 const LOAD: Duration = Duration::from_secs(12);
-
-/// Commits numbers one after the other with `commit`, and knows which were reported committed.
-struct Ledger {
-    thread: Option<JoinHandle<()>>,
-    stop: Arc<AtomicBool>,
-    committed: Arc<AtomicU64>,
-}
-
-impl Ledger {
-    /// `commit(n)` returns true once the transaction that inserts `n` is reported committed; the
-    /// ledger ends at the first that is not.
-    fn start(commit: impl Fn(u64) -> bool + Send + 'static) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let committed = Arc::new(AtomicU64::new(0));
-        let (ends, counts) = (Arc::clone(&stop), Arc::clone(&committed));
-        let thread = std::thread::spawn(move || {
-            for number in 1.. {
-                if ends.load(Ordering::SeqCst) || !commit(number) {
-                    break;
-                }
-                counts.store(number, Ordering::SeqCst);
-            }
-        });
-        Self { thread: Some(thread), stop, committed }
-    }
-
-    fn committed(&self) -> u64 {
-        self.committed.load(Ordering::SeqCst)
-    }
-
-    /// Ends it; the last number that was reported committed (all below were, too).
-    fn end(mut self) -> Result<u64> {
-        self.stop.store(true, Ordering::SeqCst);
-        if let Some(thread) = self.thread.take() {
-            thread.join().map_err(|_| anyhow!("a ledger panicked"))?;
-        }
-        Ok(self.committed())
-    }
-}
 
 /// The primary's NBD address.
 fn primary_address(cluster: &Cluster) -> Result<String> {

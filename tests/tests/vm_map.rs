@@ -1,0 +1,136 @@
+//! `blkrepl map` on a real kernel's /dev/nbdN, with a file system and databases on it: the primary is killed, moved,
+//! restarted, the keeper is killed, power is cut. File system and databases see pauses, no error; nothing that was reported
+//! is lost. `VM_ROUNDS` says how often each is done (1), `VM_KIND=qemu` has it done by an emulated machine with two
+//! processors. Skipped where machines cannot be booted.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use blkrepl_tests::binary::blkrepl;
+use blkrepl_tests::bits::{Random, fresh_seed};
+use blkrepl_tests::evidence;
+use blkrepl_tests::report::{human, measured, skipped, step};
+use blkrepl_tests::vm::{DiskKind, Kind, Vm, VmOptions, unavailable};
+use blkrepl_tests::wait::wait_until;
+
+/// Longest time for one round of each fault, all of them together, in a slow machine.
+const ROUND_LIMIT: Duration = Duration::from_secs(300);
+const CHECK_LIMIT: Duration = Duration::from_secs(240);
+const DISK: u64 = 2 << 30;
+const MEMORY_MIB: u32 = 1536;
+
+fn rounds() -> u32 {
+    std::env::var("VM_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(1)
+}
+
+fn kind() -> Kind {
+    if std::env::var("VM_KIND").is_ok_and(|kind| kind == "qemu") { Kind::Qemu } else { Kind::Uml }
+}
+
+fn machine() -> Result<Vm> {
+    let options = VmOptions { memory_mib: MEMORY_MIB, ..VmOptions::new(kind()).disk(DISK, DiskKind::File) };
+    let mut vm = Vm::new(options)?;
+    vm.put_program(blkrepl()?)?;
+    vm.put_program(Path::new(env!("CARGO_BIN_EXE_vm_rounds")))?;
+    vm.boot()?;
+    Ok(vm)
+}
+
+/// The environment of the program in the machine, and where its files are: on the machine's own disk.
+fn command(words: &str) -> String {
+    format!(
+        "export BLKREPL_BIN=/host/bin/blkrepl BLKREPL_TEST_DIR=/disk BLKREPL_REPORT=/dev/vm-log; exec vm_rounds {words}"
+    )
+}
+
+fn run_in(vm: &Vm, command: &str, limit: Duration) -> Result<()> {
+    let done = vm.run(command, limit)?;
+    for line in done.stderr.lines().filter(|line| line.starts_with("MEASURED ")) {
+        let (name, text) = line["MEASURED ".len()..].split_once(": ").unwrap_or((line, ""));
+        measured(name, text);
+    }
+    done.ok().map(drop)
+}
+
+fn with_machine(name: &str, body: impl FnOnce(&mut Vm) -> Result<()>) {
+    if let Some(reason) = unavailable(kind()) {
+        return skipped(name, &reason);
+    }
+    let started = Instant::now();
+    let mut consoles = String::new();
+    let result = machine().and_then(|mut vm| {
+        let disk = vm.device(0);
+        let made = format!("modprobe nbd && mkfs.ext4 -q {disk} && mkdir -p /disk && mount {disk} /disk");
+        let result = run_in(&vm, &made, CHECK_LIMIT).and_then(|()| body(&mut vm));
+        consoles = vm.consoles();
+        result
+    });
+    if let Err(reason) = result {
+        let text = format!("{reason:#}\n{consoles}");
+        let kept = evidence::keep(name, None, &text).map(|dir| dir.display().to_string());
+        panic!("{text}\nevidence: {kept:?}");
+    }
+    step(name, &format!("passed in {}", human(started.elapsed())));
+}
+
+fn all_faults(fs: &str) {
+    let count = rounds();
+    with_machine(&format!("vm_map_{fs}"), |vm| {
+        run_in(vm, &command(&format!("rounds {fs} {count}")), ROUND_LIMIT * (count + 1))
+    });
+}
+
+#[test]
+fn databases_on_ext4_on_a_mapped_volume_see_pauses_and_no_error() {
+    all_faults("ext4");
+}
+
+#[test]
+fn databases_on_xfs_on_a_mapped_volume_see_pauses_and_no_error() {
+    all_faults("xfs");
+}
+
+/// The last number that the machine said was reported committed.
+fn reported(log: &Path) -> u64 {
+    let text = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    // The last line may be cut short.
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    whole.lines().rev().find_map(|l| l.strip_prefix("REPORTED ")?.trim().parse().ok()).unwrap_or(0)
+}
+
+#[test]
+fn what_was_reported_committed_is_there_after_a_cut_of_power() {
+    let seed = fresh_seed();
+    let name = "vm_map_power";
+    with_machine(name, |vm| {
+        step(name, &format!("seed {seed}"));
+        let mut random = Random::new(seed);
+        for round in 0..rounds() {
+            let dir = format!("/disk/power{round}");
+            let before = reported(vm.log());
+            let job = vm.start(&command(&format!("load ext4 {dir} /dev/vm-log")), ROUND_LIMIT)?;
+            let enough = 20 + random.below(40);
+            let waited = wait_until("commits", CHECK_LIMIT, || {
+                let now = reported(vm.log());
+                now != before && now >= enough || !matches!(vm.finished(&job), Ok(None))
+            });
+            waited?;
+            if let Some(ended) = vm.finished(&job)? {
+                return Err(anyhow!("the load ended: {}", ended.text()));
+            }
+            vm.cut_power()?;
+            let committed = reported(vm.log());
+            ensure!(committed >= enough, "{committed} commits reported");
+            vm.boot()?;
+            let disk = vm.device(0);
+            run_in(vm, &format!("modprobe nbd && mkdir -p /disk && mount {disk} /disk"), CHECK_LIMIT)?;
+            run_in(vm, &command(&format!("check ext4 {dir} {committed}")), CHECK_LIMIT)
+                .with_context(|| format!("cut after {committed} commits"))?;
+            measured(name, &format!("cut after {committed} commits were reported: all there"));
+        }
+        Ok(())
+    });
+}
