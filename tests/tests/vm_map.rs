@@ -113,14 +113,16 @@ fn what_was_reported_committed_is_there_after_a_cut_of_power() {
             let before = reported(vm.log());
             let job = vm.start(&command(&format!("load ext4 {dir} /dev/vm-log")), ROUND_LIMIT)?;
             let enough = 20 + random.below(40);
+            let mut ended = None;
             let waited = wait_until("commits", CHECK_LIMIT, || {
                 let now = reported(vm.log());
-                now != before && now >= enough || !matches!(vm.finished(&job), Ok(None))
+                ended = vm.finished(&job).transpose();
+                ended.is_some() || (now != before && now >= enough)
             });
-            waited?;
-            if let Some(ended) = vm.finished(&job)? {
-                return Err(anyhow!("the load ended: {}", ended.text()));
+            if let Some(ended) = ended {
+                return Err(anyhow!("the load ended: {}", ended?.text()));
             }
+            waited?;
             vm.cut_power()?;
             let committed = reported(vm.log());
             ensure!(committed >= enough, "{committed} commits reported");

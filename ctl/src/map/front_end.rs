@@ -6,10 +6,12 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::Duration;
 
 use super::device::{self, Identity};
 use super::kernel::KernelNbd;
+use super::record;
 
 /// What a device has done so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +67,7 @@ impl FrontEnd for KernelDevice {
 
     fn is_there(&self) -> bool {
         device::identity(self.index).as_ref() == Some(&self.identity)
+            && !record::has_ended(Path::new(record::RUN_DIR), &self.identity)
     }
 
     fn progress(&self) -> Option<Progress> {

@@ -84,6 +84,10 @@ fn existing(args: &MapArgs) -> Result<Option<Mapped>> {
     let Some(mapped) = device::all()?.into_iter().find(|m| m.identity.volume == args.volume) else {
         return Ok(None);
     };
+    if record::has_ended(Path::new(RUN_DIR), &mapped.identity) {
+        let user = device::user(&mapped).unwrap_or_else(|| "something has it open".to_owned());
+        bail!("{} was unmapped while in use, and still is: {user}; end that first", mapped.node().display());
+    }
     if args.device.is_some_and(|wanted| wanted != mapped.index) {
         bail!("volume {} is mapped as {} already; unmap it first", args.volume, mapped.node().display());
     }
@@ -197,10 +201,13 @@ pub fn unmap(args: &UnmapArgs) -> Result<Unmapped> {
             node.display()
         );
     }
+    let dir = Path::new(RUN_DIR);
+    // Before the end, so that nobody goes on with it meanwhile.
+    record::note_end(dir, &mapped.identity)?;
     KernelNbd::open()?
         .disconnect(mapped.index)
         .with_context(|| format!("cannot unmap {}", node.display()))?;
-    record::forget(Path::new(RUN_DIR), &mapped.identity.volume);
+    record::forget(dir, &mapped.identity.volume);
     let text = format!("volume {} is no longer mapped as {}", mapped.identity.volume, node.display());
     Ok(Unmapped { volume: mapped.identity.volume, device: node, text })
 }
@@ -232,6 +239,8 @@ pub struct MappedView {
     pub keeper: Option<u32>,
     /// Who uses it, in words.
     pub user: Option<String>,
+    /// It was unmapped while in use: the device is there, and every request fails.
+    pub ended: bool,
     /// What the keeper says.
     #[serde(flatten)]
     pub record: record::Record,
@@ -249,6 +258,7 @@ pub fn mapped() -> Result<Vec<MappedView>> {
         block_size: mapped.block_size,
         keeper: record::keeper(dir, &mapped.identity.volume),
         user: device::user(&mapped),
+        ended: record::has_ended(dir, &mapped.identity),
         record: record::read(dir, &mapped.identity.volume).unwrap_or_default(),
         volume: mapped.identity.volume,
     };
@@ -262,6 +272,7 @@ pub fn table(all: &[MappedView]) -> String {
     }
     let row = |m: &MappedView| {
         let state = match (&m.record.primary, m.keeper) {
+            _ if m.ended => "unmapped while in use".to_owned(),
             (_, None) => "nobody keeps it: run blkrepl map again".to_owned(),
             (Some(primary), _) => format!("connected to {primary}"),
             (None, _) => "waiting for its primary".to_owned(),

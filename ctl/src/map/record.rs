@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use blkrepl_nbd::Target;
 use serde::{Deserialize, Serialize};
 
+use super::device::Identity;
 use crate::node_dir::{self, DirLock};
 
 /// Where keepers leave their records and locks.
@@ -137,6 +138,27 @@ pub fn read(dir: &Path, volume: &str) -> Option<Record> {
     serde_json::from_slice(&std::fs::read(file_of(dir, volume)).ok()?).ok()
 }
 
+/// Notes that a mapping was ended: as long as a device is open, the kernel shows it as if it were still mapped.
+///
+/// # Errors
+/// Names the file that cannot be written.
+pub fn note_end(dir: &Path, identity: &Identity) -> anyhow::Result<()> {
+    use anyhow::Context;
+    let file = end_of(dir, &identity.volume);
+    std::fs::create_dir_all(dir)
+        .and_then(|()| std::fs::write(&file, identity.to_string()))
+        .with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// A mapping was ended; the device may still be there, for those that have it open.
+pub fn has_ended(dir: &Path, identity: &Identity) -> bool {
+    std::fs::read_to_string(end_of(dir, &identity.volume)).is_ok_and(|text| text == identity.to_string())
+}
+
+fn end_of(dir: &Path, volume: &str) -> PathBuf {
+    dir.join(format!("{volume}.ended"))
+}
+
 /// Forgets what was written of a volume.
 pub fn forget(dir: &Path, volume: &str) {
     // It may never have been written.
@@ -182,6 +204,16 @@ mod tests {
         assert_eq!(record.primary.as_deref(), Some("n1:5"));
         forget(dir.path(), "vol0");
         assert_eq!(read(dir.path(), "vol0"), None);
+    }
+
+    #[test]
+    fn an_end_is_that_of_one_mapping() {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = |session| Identity { volume: "vol0".into(), lineage: 3, session };
+        assert!(!has_ended(dir.path(), &identity(1)));
+        note_end(dir.path(), &identity(1)).unwrap();
+        assert!(has_ended(dir.path(), &identity(1)));
+        assert!(!has_ended(dir.path(), &identity(2)), "the next one goes on");
     }
 
     #[test]
