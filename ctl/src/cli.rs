@@ -449,11 +449,8 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 }
 
 fn parse_nbd_address(text: &str) -> Result<Target, String> {
-    let refused = || format!("'{text}' is not the NBD address of a node, such as 10.0.0.1:10809");
-    if text.contains('/') {
-        return Err(refused());
-    }
-    map::locator::target_of(text).ok_or_else(refused)
+    map::locator::target_of(text)
+        .ok_or_else(|| format!("'{text}' is not the NBD address of a node, such as 10.0.0.1:10809"))
 }
 
 fn parse_device_block_size(text: &str) -> Result<u32, String> {

@@ -1,5 +1,6 @@
-//! What docs/map.md says of boots, on a machine with systemd and udev: the units and the rule as they are in `ctl/dist`, a
-//! line of fstab; the keeper killed, restarted and stopped by systemd. Skipped where machines cannot be booted.
+//! What docs/map.md says of boots, on a machine with systemd and udev: the units and the rule as they are in
+//! `ctl/dist`, a line of fstab; the keeper killed, restarted and stopped by systemd. Skipped where machines cannot be
+//! booted.
 
 use std::time::Duration;
 
@@ -26,7 +27,8 @@ ln -s /disk/nodes/n1/node.toml /etc/blkrepl/node.toml
 sed -i "s|^kind = \"data\"$|&\ndir = \"/disk/nodes/n1\"|;t" /disk/nodes/n1/node.toml
 sed -i "0,/^dir = /!{/^dir = /d}" /disk/nodes/n1/node.toml
 for node in n2 n3; do
-    sed "s|/etc/blkrepl/node.toml|/disk/nodes/$node/node.toml|; s|^After=.*|&\nRequiresMountsFor=/disk\nBefore=blkrepl-map@vol0.service|" \
+    sed "s|/etc/blkrepl/node.toml|/disk/nodes/$node/node.toml|
+        s|^After=.*|&\nRequiresMountsFor=/disk\nBefore=blkrepl-map@vol0.service|" \
         /etc/systemd/system/blkrepl.service >/etc/systemd/system/blkrepl-$node.service
 done
 mkdir /etc/systemd/system/blkrepl.service.d

@@ -1,7 +1,7 @@
 //! `blkrepl map` on a real kernel's /dev/nbdN, with a file system and databases on it: the primary is killed, moved,
-//! restarted, the keeper is killed, power is cut. File system and databases see pauses, no error; nothing that was reported
-//! is lost. `VM_ROUNDS` says how often each is done (1), `VM_KIND=qemu` has it done by an emulated machine with two
-//! processors. Skipped where machines cannot be booted.
+//! restarted, the keeper is killed, power is cut. File system and databases see pauses, no error; nothing that was
+//! reported is lost. `VM_ROUNDS` says how often each is done (1), `VM_KIND=qemu` has it done by an emulated machine
+//! with two processors. Skipped where machines cannot be booted.
 
 use std::fs;
 use std::path::Path;

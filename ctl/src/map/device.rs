@@ -3,14 +3,14 @@
 //! The kernel is the only record of what is mapped: each device bears an [`Identity`] that outlives every process.
 //! Reads sysfs and procfs only; never changes a device.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Result, anyhow, bail};
-use rustix::fs::OFlags;
 
 use crate::config::check_name;
 
@@ -42,7 +42,10 @@ impl FromStr for Identity {
         let parts: Vec<&str> = text.split(':').collect();
         let [PREFIX, volume, lineage, session] = parts[..] else { return Err(()) };
         check_name(volume).map_err(drop)?;
-        let hex = |text| u128::from_str_radix(text, 16).map_err(drop);
+        let hex = |text: &str| match text.len() {
+            32 => u128::from_str_radix(text, 16).map_err(drop),
+            _ => Err(()),
+        };
         Ok(Self { volume: volume.to_owned(), lineage: hex(lineage)?, session: hex(session)? })
     }
 }
@@ -129,41 +132,75 @@ pub fn find(which: &str) -> Result<Mapped> {
     bail!("{which} is not mapped on this machine; {known}")
 }
 
-/// Who uses a device; `None` if nobody does, as far as this machine can tell.
+/// Who uses a device; `None` if nobody does, as far as this machine can tell. Never opens it: that may read it, and
+/// wait for a primary that is not there.
 pub fn user(device: &Mapped) -> Option<String> {
-    let node = device.node();
-    // Fails while a file system is mounted from it, or something is built on it.
-    let exclusive = i32::try_from(OFlags::EXCL.bits()).unwrap_or_default();
-    match fs::OpenOptions::new().read(true).custom_flags(exclusive).open(&node) {
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Some(mount_of(&node).map_or_else(
-            || "something is built on it (see lsblk)".to_owned(),
-            |at| format!("it is mounted at {at}"),
-        )),
-        _ => opener(&node),
-    }
+    let numbers = device_numbers(&sysfs(device.index));
+    mounted(&numbers)
+        .or_else(|| built_on(device.index))
+        .or_else(|| swap(&device.node()))
+        .or_else(|| opener(&numbers))
 }
 
-fn mount_of(node: &Path) -> Option<String> {
-    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
-    let mut mounts = mounts.lines().filter_map(|line| line.split_once(' '));
-    let (_, rest) = mounts.find(|(source, _)| fs::canonicalize(source).is_ok_and(|source| source == node))?;
-    Some(rest.split(' ').next()?.to_owned())
+/// Device numbers of a disk and its partitions, as procfs and sysfs write them: `43:0`.
+fn device_numbers(disk: &Path) -> Vec<String> {
+    let partitions = fs::read_dir(disk).into_iter().flatten().filter_map(|e| Some(e.ok()?.path()));
+    let places = partitions.filter(|path| path.join("partition").exists()).chain([disk.to_owned()]);
+    places.filter_map(|place| Some(fs::read_to_string(place.join("dev")).ok()?.trim().to_owned())).collect()
 }
 
-/// A process that has the device open.
-fn opener(node: &Path) -> Option<String> {
-    let device = fs::metadata(node).ok().filter(|m| m.file_type().is_block_device())?.rdev();
-    let me = std::process::id().to_string();
-    let is_it =
-        |fd: &Path| fs::metadata(fd).is_ok_and(|m| m.file_type().is_block_device() && m.rdev() == device);
-    for process in fs::read_dir("/proc").ok()?.filter_map(Result::ok) {
-        let pid = process.file_name().to_string_lossy().into_owned();
-        if pid == me || !pid.bytes().all(|b| b.is_ascii_digit()) {
+/// Processes of this machine, as procfs has them.
+fn processes() -> impl Iterator<Item = (String, PathBuf)> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
+    let named = entries.map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path()));
+    named.filter(|(pid, _)| pid.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// Where it is mounted, in whichever namespace.
+fn mounted(numbers: &[String]) -> Option<String> {
+    let mut namespaces = BTreeSet::new();
+    for (_, process) in processes() {
+        let Ok(namespace) = fs::read_link(process.join("ns/mnt")) else { continue };
+        if !namespaces.insert(namespace) {
             continue;
         }
-        let Ok(fds) = fs::read_dir(process.path().join("fd")) else { continue };
+        // proc(5): mount id, parent, device number, root, mount point, ...
+        let mounts = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
+        let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let is_its = |f: &Vec<&str>| f.len() > 4 && numbers.iter().any(|number| number == f[2]);
+        if let Some(at) = fields.into_iter().find(is_its) {
+            return Some(format!("it is mounted at {}", at[4]));
+        }
+    }
+    None
+}
+
+/// What the kernel has built on it: device mapper, md.
+fn built_on(index: u32) -> Option<String> {
+    let disk = sysfs(index);
+    let places = fs::read_dir(&disk).into_iter().flatten().filter_map(|e| Some(e.ok()?.path())).chain([disk]);
+    let holder = places.flat_map(|place| fs::read_dir(place.join("holders")).into_iter().flatten()).next()?;
+    Some(format!("{} is built on it", holder.ok()?.file_name().to_string_lossy()))
+}
+
+fn swap(node: &Path) -> Option<String> {
+    let swaps = fs::read_to_string("/proc/swaps").ok()?;
+    let node = node.to_string_lossy();
+    swaps.lines().any(|line| line.starts_with(&*node)).then(|| "it is swapped to".to_owned())
+}
+
+/// A process that has it open.
+fn opener(numbers: &[String]) -> Option<String> {
+    let me = std::process::id().to_string();
+    let number =
+        |m: &fs::Metadata| format!("{}:{}", rustix::fs::major(m.rdev()), rustix::fs::minor(m.rdev()));
+    let is_it = |fd: &Path| {
+        fs::metadata(fd).is_ok_and(|m| m.file_type().is_block_device() && numbers.contains(&number(&m)))
+    };
+    for (pid, process) in processes().filter(|(pid, _)| *pid != me) {
+        let Ok(fds) = fs::read_dir(process.join("fd")) else { continue };
         if fds.filter_map(Result::ok).any(|fd| is_it(&fd.path())) {
-            let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
             return Some(format!("process {pid} ({}) has it open", name.trim()));
         }
     }

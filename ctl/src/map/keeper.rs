@@ -226,3 +226,7 @@ pub(super) fn explain(refusals: &Refusals) -> String {
     let each: Vec<String> = refusals.iter().map(|(target, error)| format!("{target}: {error}")).collect();
     if each.is_empty() { "no address of a node is known".to_owned() } else { each.join("; ") }
 }
+
+#[cfg(test)]
+#[path = "keeper_tests.rs"]
+mod tests;

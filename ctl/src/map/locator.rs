@@ -130,6 +130,9 @@ impl Locator {
 
 /// The server at `HOST:PORT`.
 pub fn target_of(address: &str) -> Option<Target> {
+    if address.contains(|c: char| c.is_whitespace() || c == '/') {
+        return None;
+    }
     format!("nbd://{address}").parse::<NbdUri>().ok().map(|uri| uri.target)
 }
 

@@ -194,7 +194,8 @@ fn shape(args: &MapArgs, session: u128, found: &Found) -> Result<Shape> {
 pub fn unmap(args: &UnmapArgs) -> Result<Unmapped> {
     let mapped = device::find(&args.what)?;
     let node = mapped.node();
-    if let Some(user) = device::user(&mapped).filter(|_| !args.force) {
+    let user = if args.force { None } else { device::user(&mapped) };
+    if let Some(user) = user {
         bail!(
             "{} is in use: {user}; unmount it first (--force ends it at once: what was not written is lost, and \
              whoever uses it gets errors)",

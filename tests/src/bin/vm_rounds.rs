@@ -1,5 +1,5 @@
-//! Runs inside a guest machine with a kernel that has NBD: failures under a mapped volume with databases. Booted and told
-//! what to do by `tests/tests/vm_map.rs`; `BLKREPL_BIN` is the binary under test.
+//! Runs inside a guest machine with a kernel that has NBD: failures under a mapped volume with databases. Booted and
+//! told what to do by `tests/tests/vm_map.rs`; `BLKREPL_BIN` is the binary under test.
 //!
 //!     vm_rounds rounds ext4|xfs COUNT
 //!     vm_rounds load ext4|xfs DIR TELL

@@ -35,6 +35,8 @@ fn cluster(dir: &Path) -> Result<(Proc, Mapped)> {
     let mut dev = Command::new(blkrepl()?);
     dev.args(["dev", "--size", SIZE, "--dir"]).arg(dir.join("nodes"));
     let dev = Proc::spawn("dev", &mut dev, &dir.join("dev.log"))?;
+    wait_until("the cluster to serve", LIMIT, || dev.output().contains("serves vol0"))
+        .with_context(|| format!("the cluster said: {}", dev.output()))?;
     let mapped = Mapped::start(&dir.join("nodes/n1/node.toml"), dir);
     let mapped = mapped.with_context(|| format!("the cluster said: {}", dev.output()))?;
     Ok((dev, mapped))
