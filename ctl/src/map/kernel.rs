@@ -18,6 +18,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -35,6 +36,9 @@ const DEAD_LIMIT_NONE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// How long nothing is looked at where the kernel's word cannot be heard.
 const DEAF_PAUSE: Duration = Duration::from_millis(250);
+
+/// Longest time that udev may take to name a new device.
+const NAMES_LIMIT: Duration = Duration::from_secs(10);
 
 const FAMILY: &str = "nbd";
 const FAMILY_VERSION: u8 = 1;
@@ -123,6 +127,7 @@ impl KernelNbd {
             bail!("this kernel's NBD devices do not say what they show (Linux 5.14 or later is needed)");
         }
         tune(index);
+        wait_for_names();
         Ok(index)
     }
 
@@ -214,5 +219,18 @@ fn tune(index: u32) {
         if let Err(error) = std::fs::write(&path, &value) {
             tracing::warn!("cannot write {value} to {}: {error}", path.display());
         }
+    }
+}
+
+/// Waits until udev has given the device its names, so that whoever hears that it is there finds it by them.
+fn wait_for_names() {
+    if !Path::new("/run/udev/control").exists() {
+        return;
+    }
+    let limit = format!("--timeout={}", NAMES_LIMIT.as_secs());
+    match Command::new("udevadm").args(["settle", &limit]).output() {
+        Ok(done) if done.status.success() => {}
+        Ok(done) => tracing::warn!("udev is not done with the device yet: {}", done.status),
+        Err(error) => tracing::debug!("cannot run udevadm: {error}"),
     }
 }

@@ -218,7 +218,8 @@ pub(super) fn check_tables(server: &Postgres) -> Result<()> {
     let indexes = "SELECT bt_index_parent_check(c.oid, true) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid \
                    JOIN pg_am a ON a.oid = c.relam WHERE a.amname = 'btree' AND c.relpersistence = 'p'";
     server.query(indexes).context("amcheck")?;
-    let money = "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = (SELECT coalesce(sum(delta), 0) FROM pgbench_history)";
+    let money = "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = \
+                 (SELECT coalesce(sum(delta), 0) FROM pgbench_history)";
     ensure!(server.query(money)? == "t", "the balances do not add up to the history");
     run(server.client("pg_dumpall").args(["--no-sync", "-f", "/dev/null"]), LIMIT)?.ok()?;
     Ok(())
