@@ -9,6 +9,7 @@ pub mod binary;
 pub mod bits;
 pub mod client;
 pub mod cluster;
+pub mod counters;
 pub mod disk;
 pub mod evidence;
 pub mod faults;
