@@ -1,5 +1,6 @@
-//! docs/first-database.md, as it stands, on three machines with a network of their own: each of its commands is run where
-//! the page says, and db1 loses its power where the page has its plug pulled. Skipped where machines cannot be booted.
+//! docs/first-database.md, as it stands, on three machines with a network of their own: each of its commands is run
+//! where the page says, and db1 loses its power where the page has its plug pulled. Skipped where machines cannot be
+//! booted.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -61,7 +62,8 @@ fn blocks(text: &str) -> Vec<Block> {
 
 #[test]
 fn blocks_are_found_where_they_are_to_be_run() {
-    let text = "On db1 and wit, say:\n\n    one\n\n    two\n\nNot on db2. On wit:\n\n    three\n\n## 2. Next\n\nOn db2:\n\n    x\n";
+    let text = "On db1 and wit, say:\n\n    one\n\n    two\n\nNot on db2. On wit:\n\n    three\n\n## 2. Next\n\n\
+                On db2:\n\n    x\n";
     let block = |section, machines: &[&'static str], script: &str| Block {
         section,
         machines: machines.to_vec(),
