@@ -11,10 +11,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use blkrepl_engine::reactor::ClientSession;
 use blkrepl_nbd::proto::*;
 use blkrepl_nbd::{
     Admitting, Attached, ClientOptions, ExportInfo, ExportRefusal, Exports, NbdClient, NbdError, NbdUri,
-    Peer, RefusalKind, Request, ServerOptions, admit_with, keepalive, list_exports,
+    Peer, Place, RefusalKind, Request, ServerOptions, admit_with, connect_session, keepalive, list_exports,
+    places,
 };
 use common::{Manner, Memory, TestServer, Volume, pattern, quick};
 use proptest::prelude::*;
@@ -476,4 +478,43 @@ proptest! {
         }
         server.join().unwrap();
     }
+}
+
+#[test]
+fn the_client_asks_where_a_volume_is_and_joins_a_session() {
+    struct Told(std::sync::mpsc::Sender<Attached>);
+    impl Exports for Told {
+        fn list(&self) -> Vec<String> {
+            vec!["vol0".into()]
+        }
+        fn open(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
+            Ok(ExportInfo { lineage: Some(9), ..ExportInfo::new(name, MIB as u64) })
+        }
+        fn places(&self, name: &str) -> Result<Vec<Place>, ExportRefusal> {
+            assert_eq!(name, "vol0");
+            Ok(vec![
+                Place { address: "n1:5".into(), primary: false },
+                Place { address: "n2:5".into(), primary: true },
+            ])
+        }
+        fn admit(&self, _: &str, _: Peer) -> Admitting {
+            let sender = self.0.clone();
+            admit_with(move |client| sender.send(client).unwrap())
+        }
+    }
+    let (sender, attached) = std::sync::mpsc::channel();
+    let server = TestServer::start(Arc::new(Told(sender)));
+    let uri = server.tcp("vol0");
+    let found = places(&uri.target, "vol0", quick()).unwrap();
+    assert_eq!(
+        found.iter().map(|p| (p.address.as_str(), p.primary)).collect::<Vec<_>>(),
+        [("n1:5", false), ("n2:5", true)]
+    );
+    let session = ClientSession { id: 3, generation: 4 };
+    let (_socket, facts) = connect_session(&uri, session, quick()).unwrap();
+    assert_eq!((facts.size, facts.lineage), (MIB as u64, Some(9)));
+    let attached = attached.recv_timeout(Duration::from_secs(20)).unwrap();
+    assert_eq!(attached.session, Some(session));
+    let (_plain, facts) = blkrepl_nbd::connect_raw(&uri, quick()).unwrap();
+    assert_eq!(facts.lineage, None, "nobody asked");
 }
