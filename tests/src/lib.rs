@@ -31,6 +31,7 @@ pub mod status;
 pub mod usage;
 pub mod verify;
 pub mod vm;
+pub mod vm_compare;
 pub mod wait;
 
 pub use cluster::{Cluster, ClusterOptions};
