@@ -5,7 +5,8 @@
 //! client sends again after it was done, and something newer with it, shows as a number that is lower. Several
 //! threads on blocks side by side keep several requests in flight, and share a region, a bitmap page and a stripe.
 //!
-//! Reads and writes go past the page cache (`O_DIRECT`). Never does: finding the device, or what happens to it meanwhile.
+//! Reads and writes go past the page cache (`O_DIRECT`). Never does: finding the device, or what happens to it
+//! meanwhile.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -67,7 +68,8 @@ pub fn number_in(block: &[u8]) -> Result<u64> {
     }
 }
 
-/// Writes to `blocks` blocks of the device, each from a thread of its own, until `over` is true; then all are read again.
+/// Writes to `blocks` blocks of the device, each from a thread of its own, until `over` is true; then all are read
+/// again.
 ///
 /// # Errors
 /// An I/O error, or the first block that has another number than the last that was acknowledged.

@@ -1,10 +1,10 @@
 //! Real block devices of a kernel's NBD client on our server, in machines of their own: `blkrepl map` and, since other
 //! clients have to work as well, `nbd-client` over netlink and by ioctl.
 //!
-//! `vm_nbd/clients.sh` holds what blktests' group `nbd` checks and the end of a device under I/O; `traps.sh` what a user
-//! may run into; `once.sh` that a request which is sent again undoes nothing; `memory.sh` that nodes and their device
-//! can be on one machine. Each is a script that runs in the machine and says what is wrong. Skipped where no machine
-//! can be booted.
+//! `vm_nbd/clients.sh` holds what blktests' group `nbd` checks and the end of a device under I/O; `traps.sh` what a
+//! user may run into; `once.sh` that a request which is sent again undoes nothing; `memory.sh` that nodes and their
+//! device can be on one machine. Each is a script that runs in the machine and says what is wrong. Skipped where no
+//! machine can be booted.
 
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
-//! `counters DEVICE BLOCKS END_FILE`: counts in blocks of a device until a file is there, and tells when a number is undone
-//! (`tests/src/counters.rs`). For machines of `tests/src/vm`, which get it as a program.
+//! `counters DEVICE BLOCKS END_FILE`: counts in blocks of a device until a file is there, and tells when a number is
+//! undone (`tests/src/counters.rs`). For machines of `tests/src/vm`, which get it as a program.
 
 use std::path::Path;
 use std::process::ExitCode;

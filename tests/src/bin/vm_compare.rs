@@ -1,5 +1,5 @@
-//! blkrepl beside DRBD and beside an NBD server without replication, in one machine: `blkrepl_tests::vm_compare`. Prints
-//! one table.
+//! blkrepl beside DRBD and beside an NBD server without replication, in one machine: `blkrepl_tests::vm_compare`.
+//! Prints one table.
 //!
 //!     cargo run -p blkrepl-tests --bin vm_compare -- [--kind uml|qemu] [--seconds N] [--rounds N] [--size MIB]
 //!         [--only NAME]... [--quick]

@@ -1,5 +1,5 @@
-# What blktests' group nbd checks of the kernel's client (001 to 005), with our server behind it, for each way to attach a
-# volume: blkrepl map, nbd-client over netlink, nbd-client by ioctl. And the end of a device under I/O.
+# What blktests' group nbd checks of the kernel's client (001 to 005), with our server behind it, for each way to
+# attach a volume: blkrepl map, nbd-client over netlink, nbd-client by ioctl. And the end of a device under I/O.
 #
 # $way is one of them.
 device=/dev/nbd0
@@ -166,7 +166,10 @@ module_races() {
             netlink) ! timeout 5 nbd-client 127.0.0.1 "$port" $device -N $volume -b 4096 ;;
             ioctl) ! timeout 5 nbd-client -L 127.0.0.1 "$port" $device -N $volume -b 4096 ;;
         esac || connects=$((connects + 1))
-        if [ "$way" = map ]; then timeout 5 blkrepl unmap $volume --force; else timeout 5 nbd-client -d $device; fi || true
+        case $way in
+            map) timeout 5 blkrepl unmap $volume --force || true ;;
+            *) timeout 5 nbd-client -d $device || true ;;
+        esac
     done >/dev/null 2>&1
     kill $loader
     wait $loader || true

@@ -81,7 +81,9 @@ addresses() {
         ports+=("${uri%%/*}")
     done <<<"$said"
 }
-in_sync() { [ "$(blkrepl --admin "$home/n3/admin.sock" status --json | jq -c '.volumes[0].in_sync')" = '["n1","n2"]' ]; }
+in_sync() {
+    [ "$(blkrepl --admin "$home/n3/admin.sock" status --json | jq -c '.volumes[0].in_sync')" = '["n1","n2"]' ]
+}
 # The node that is primary, as the asked one sees it.
 primary_of() { blkrepl --admin "$home/$1/admin.sock" status --json | jq -r '.volumes[0].primary'; }
 has_primary() { [[ $(primary_of n3) == n* ]]; }
@@ -114,6 +116,7 @@ is_free() { [ ! -e "/sys/block/$1/pid" ] && [ "$(<"/sys/block/$1/size")" = 0 ]; 
 # What a kernel says when it has caught itself at something, since the last look.
 kernel_is_well() {
     local bad
-    bad=$(dmesg | grep -E -A 20 'BUG|WARNING|Oops|Call Trace|blocked for more|cannot create duplicate|rcu.*stall' || true)
+    local signs='BUG|WARNING|Oops|Call Trace|blocked for more|cannot create duplicate|rcu.*stall'
+    bad=$(dmesg | grep -E -A 20 "$signs" || true)
     [ -z "$bad" ] || die "the kernel: $bad"
 }

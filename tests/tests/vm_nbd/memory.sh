@@ -51,7 +51,8 @@ kill -0 $hogging || die "who takes memory has ended: $(</root/stress.log)"
 kill $hogging
 wait $hogging || true
 [ "$least" -lt $((mib * 1024 / 3)) ] || die "at least $least KiB were available: that is no pressure"
-echo "$write_mib MiB in $((SECONDS - begun)) s in a machine of $mib MiB, of which $least KiB were available at the least"
+echo "$write_mib MiB in $((SECONDS - begun)) s in a machine of $mib MiB, of which $least KiB were available" \
+    "at the least"
 for pid in "${pids[@]}" "$keeper"; do kill -0 "$pid" || die "process $pid has ended"; done
 ! dmesg | grep -E 'Out of memory|oom-kill|I/O error|allocation failure' >/tmp/said || die "the kernel: $(</tmp/said)"
 quick 60 umount /mnt

@@ -1,6 +1,6 @@
-# A request that the kernel sends again, since its connection died, undoes nothing that was acknowledged in between. Counters
-# go up in blocks of the device, while its primary, its keeper and its connections meet everything that the seed
-# draws from; at the end the device has the last numbers, and both replicas have the same.
+# A request that the kernel sends again, since its connection died, undoes nothing that was acknowledged in between.
+# Counters go up in blocks of the device, while its primary, its keeper and its connections meet everything that the
+# seed draws from; at the end the device has the last numbers, and both replicas have the same.
 #
 # $seed and $seconds are given.
 RANDOM=$seed
