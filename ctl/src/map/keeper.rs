@@ -224,7 +224,7 @@ impl<'a, F: FrontEnd> Keeper<'a, F> {
 /// What each node said.
 pub(super) fn explain(refusals: &Refusals) -> String {
     let each: Vec<String> = refusals.iter().map(|(target, error)| format!("{target}: {error}")).collect();
-    if each.is_empty() { "no address of a node is known".to_owned() } else { each.join("; ") }
+    if each.is_empty() { "no node has answered yet".to_owned() } else { each.join("; ") }
 }
 
 #[cfg(test)]
