@@ -106,7 +106,7 @@ fn what_is_sent_again_undoes_nothing() {
 
 #[test]
 fn nodes_and_their_device_share_a_machine_with_little_memory() {
-    let mut script = Script::new("memory", "mib=384 write_mib=400", include_str!("vm_nbd/memory.sh"));
+    let mut script = Script::new("memory", "mib=384 write_mib=600", include_str!("vm_nbd/memory.sh"));
     script.memory_mib = 384;
     script.test(&[]);
 }
