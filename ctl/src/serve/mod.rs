@@ -51,10 +51,8 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 pub fn run(config: NodeConfig, passed: Vec<Passed>) -> anyhow::Result<()> {
     let lock = DirLock::take(&config.dir, PID_FILE, "daemon")?;
     end_with_any_panic();
-    if config.kind == Kind::Data {
-        // The volume may be mapped on this very machine.
-        memory::hold_for_block_io();
-    }
+    // The volume may be mapped on this very machine, and goes on only while a quorum does.
+    memory::hold_for_block_io();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(16)
