@@ -93,8 +93,12 @@ impl Locator {
     /// # Errors
     /// What each node said when it was asked last; those that have said nothing yet are left out.
     pub fn find(&mut self) -> Result<Found, Refusals> {
+        // One for all that are asked now: a node that is reached by two addresses must not take the second connection for
+        // the successor of the first. Rises also from one keeper to the next: a device does not outlive the run of its
+        // kernel.
+        let generation = boottime_now().0;
         for target in self.targets.clone() {
-            self.ask(target);
+            self.ask(target, generation);
         }
         let end = Instant::now() + ROUND_LIMIT;
         while !self.asked.is_empty() {
@@ -114,12 +118,10 @@ impl Locator {
     }
 
     /// Begins an attempt at a node, unless one is under way.
-    fn ask(&mut self, target: Target) {
+    fn ask(&mut self, target: Target, generation: u64) {
         if !self.asked.insert(target.to_string()) {
             return;
         }
-        // Rises also from one keeper to the next: a device does not outlive the run of its kernel.
-        let generation = boottime_now().0;
         let session = ClientSession { id: self.session, generation };
         let (answer, volume, name) = (self.answer.clone(), self.volume.clone(), target.to_string());
         let ask = move || {
@@ -137,8 +139,8 @@ impl Locator {
         let Answer { target, generation, found } = answer;
         self.asked.remove(&target.to_string());
         match found {
-            // Its node closes it as well, if it knows of the later one.
-            Ok(_) if generation < self.taken => None,
+            // Not needed beside the one that was taken, or given up with it.
+            Ok(_) if generation <= self.taken => None,
             Ok((connection, facts)) => {
                 self.taken = generation;
                 self.refusals.clear();
@@ -155,6 +157,10 @@ impl Locator {
 
     /// Who is primary, as one of the nodes sees it, another one each time; `None` if it does not answer.
     pub fn primary(&mut self) -> Option<Target> {
+        // What came too late is closed.
+        while let Ok(answer) = self.answers.try_recv() {
+            self.asked.remove(&answer.target.to_string());
+        }
         self.turn = (self.turn + 1) % self.targets.len().max(1);
         let asked = self.targets.get(self.turn)?.clone();
         let primary = self.learn(&asked).into_iter().find(|place| place.primary)?;
