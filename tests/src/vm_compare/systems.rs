@@ -154,3 +154,27 @@ fn seconds(said: &str) -> Result<f64> {
     let us: f64 = said.trim().parse().with_context(|| format!("microseconds: {said:?}"))?;
     Ok(us / 1e6)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm_compare::GUEST;
+
+    /// A name that was mistyped would show minutes into a run only.
+    #[test]
+    fn every_step_is_one_of_the_machine() {
+        let known = |step: &str| GUEST.lines().any(|line| line.starts_with(&format!("{step}() {{")));
+        for system in &SYSTEMS {
+            let resync = if system.resyncs.is_empty() { &[][..] } else { &["resync"] };
+            for step in ["up", "down"].iter().chain(resync) {
+                assert!(known(&format!("{}_{step}", system.steps)), "{} cannot {step}", system.name);
+            }
+            let words =
+                system.faults.iter().flat_map(|f| [f.before, f.during.0, f.after]).chain(system.hands_over);
+            let names = words.flat_map(|text| text.split(|c: char| !c.is_alphanumeric() && c != '_'));
+            for name in names.filter(|name| name.starts_with(&format!("{}_", system.steps))) {
+                assert!(known(name), "{}: no step {name}", system.name);
+            }
+        }
+    }
+}
