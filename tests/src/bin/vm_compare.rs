@@ -2,9 +2,10 @@
 //! Prints one table.
 //!
 //!     cargo run -p blkrepl-tests --bin vm_compare -- [--kind uml|qemu] [--seconds N] [--rounds N] [--size MIB]
-//!         [--only NAME]... [--quick]
+//!         [--only NAME]... [--part loads|faults|resyncs]... [--quick]
 //!
-//! `--quick`: one round with short loads and the smallest resync. `--only`: systems, by a part of the name.
+//! `--quick`: one round with short loads and the smallest resync. `--only`: systems, by a part of the name. `--part`:
+//! not all that is done to them.
 //!
 //! In the machine it is the writer as well: `vm_compare writer DEVICE FILES`.
 
@@ -14,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use blkrepl_tests::vm::Kind;
-use blkrepl_tests::vm_compare::{Options, compare, writer};
+use blkrepl_tests::vm_compare::{Options, PARTS, compare, writer};
 
 const USAGE: &str =
     "vm_compare [--kind uml|qemu] [--seconds N] [--rounds N] [--size MIB] [--only NAME]... [--quick]";
@@ -27,6 +28,7 @@ fn parse(args: &[String]) -> Result<Options> {
         size_mib: 160,
         changed_mib: vec![8, 32, 128],
         only: Vec::new(),
+        parts: Vec::new(),
     };
     let mut args = args.iter();
     while let Some(arg) = args.next() {
@@ -43,6 +45,7 @@ fn parse(args: &[String]) -> Result<Options> {
             "--rounds" => options.rounds = value()?.parse().context("--rounds takes a number")?,
             "--size" => options.size_mib = value()?.parse().context("--size takes MiB")?,
             "--only" => options.only.push(value()?.clone()),
+            "--part" => options.parts.push(part(value()?)?),
             "--quick" => {
                 (options.time, options.rounds) = (Duration::from_millis(500), 1);
                 options.changed_mib = vec![8];
@@ -52,6 +55,11 @@ fn parse(args: &[String]) -> Result<Options> {
     }
     ensure!(options.rounds > 0, "no rounds, no figures");
     Ok(options)
+}
+
+fn part(text: &str) -> Result<String> {
+    ensure!(PARTS.contains(&text), "which part, {}? Not {text}", PARTS.join(", "));
+    Ok(text.to_owned())
 }
 
 fn seconds(text: &str) -> Result<Duration> {

@@ -59,7 +59,19 @@ pub struct Options {
     pub changed_mib: Vec<u64>,
     /// Only systems with this in their names.
     pub only: Vec<String>,
+    /// Only these of `loads`, `faults` and `resyncs`; all if none is named.
+    pub parts: Vec<String>,
 }
+
+impl Options {
+    /// Whether a part of the whole is to be measured.
+    fn wants(&self, part: &str) -> bool {
+        self.parts.is_empty() || self.parts.iter().any(|wanted| wanted == part)
+    }
+}
+
+/// The parts of the whole.
+pub const PARTS: [&str; 3] = ["loads", "faults", "resyncs"];
 
 /// The machine, with the systems in it.
 pub(crate) struct Guest {

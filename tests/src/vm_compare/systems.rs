@@ -111,14 +111,27 @@ impl System {
             // So that no block is met for the first time later.
             guest.steps(&format!("change {} $SIZE_MIB", self.device))?;
         }
+        let parts: [(&str, fn(&Self, &Guest, &mut Figures) -> Result<()>); 3] =
+            [("loads", Self::loads), ("resyncs", Self::resyncs), ("faults", Self::faults)];
+        for (name, part) in parts.into_iter().filter(|(name, _)| guest.options.wants(name)) {
+            part(self, guest, figures).context(name)?;
+        }
+        guest.steps(&format!("{}_down", self.steps)).map(drop)
+    }
+
+    fn loads(&self, guest: &Guest, figures: &mut Figures) -> Result<()> {
         for load in &loads::LOADS {
             let rate = loads::run(guest, self.device, load).context(load.name)?;
+            step(NAME, &format!("{}: {}: {rate:.0}", self.name, load.name));
             figures.rate(load.name, self.name, rate);
         }
+        Ok(())
+    }
+
+    fn faults(&self, guest: &Guest, figures: &mut Figures) -> Result<()> {
         for (row, words) in self.words {
             figures.words(*row, self.name, words);
         }
-        self.resync(guest, figures)?;
         for fault in self.faults {
             let seen = self.fault(guest, fault).with_context(|| fault.row.name())?;
             step(NAME, &format!("{}: {}: {seen:?}", self.name, fault.row.name()));
@@ -127,7 +140,7 @@ impl System {
         if let Some(hand_over) = self.hands_over {
             figures.gap(Row::Moved, self.name, seconds(&guest.steps(hand_over)?)?);
         }
-        guest.steps(&format!("{}_down", self.steps)).map(drop)
+        Ok(())
     }
 
     fn fault(&self, guest: &Guest, fault: &Fault) -> Result<Seen> {
@@ -137,7 +150,7 @@ impl System {
         serde_json::from_str(&said).with_context(|| format!("what the writer saw: {said}"))
     }
 
-    fn resync(&self, guest: &Guest, figures: &mut Figures) -> Result<()> {
+    fn resyncs(&self, guest: &Guest, figures: &mut Figures) -> Result<()> {
         for (how, args) in self.resyncs {
             for mib in &guest.options.changed_mib {
                 let time = seconds(&guest.steps(&format!("{}_resync {mib} {args}", self.steps))?)?;
