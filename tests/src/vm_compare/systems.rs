@@ -111,10 +111,15 @@ impl System {
             // So that no block is met for the first time later.
             guest.steps(&format!("change {} $SIZE_MIB", self.device))?;
         }
-        let parts: [(&str, fn(&Self, &Guest, &mut Figures) -> Result<()>); 3] =
-            [("loads", Self::loads), ("resyncs", Self::resyncs), ("faults", Self::faults)];
-        for (name, part) in parts.into_iter().filter(|(name, _)| guest.options.wants(name)) {
-            part(self, guest, figures).context(name)?;
+        let wants = |part| guest.options.wants(part);
+        if wants("loads") {
+            self.loads(guest, figures)?;
+        }
+        if wants("resyncs") {
+            self.resyncs(guest, figures)?;
+        }
+        if wants("faults") {
+            self.faults(guest, figures)?;
         }
         guest.steps(&format!("{}_down", self.steps)).map(drop)
     }
