@@ -93,9 +93,9 @@ impl Locator {
     /// # Errors
     /// What each node said when it was asked last; those that have said nothing yet are left out.
     pub fn find(&mut self) -> Result<Found, Refusals> {
-        // One for all that are asked now: a node that is reached by two addresses must not take the second connection for
-        // the successor of the first. Rises also from one keeper to the next: a device does not outlive the run of its
-        // kernel.
+        // One for all that are asked now: a node that is reached by two addresses must not take the second connection
+        // for the successor of the first. Rises also from one keeper to the next: a device does not outlive the run
+        // of its kernel.
         let generation = boottime_now().0;
         for target in self.targets.clone() {
             self.ask(target, generation);
