@@ -61,7 +61,11 @@ fn told(reason: &anyhow::Error) -> String {
     lines.join("\n  because: ")
 }
 
-fn fail(name: &str, cluster: Option<&Cluster>, text: &str) -> ! {
+/// Ends a test that failed, after saving evidence whose place the text names.
+///
+/// # Panics
+/// Always.
+pub fn fail(name: &str, cluster: Option<&Cluster>, text: &str) -> ! {
     match evidence::keep(name, cluster, text) {
         Ok(dir) => panic!("{name}: {text}\nevidence: {}", dir.display()),
         Err(reason) => panic!("{name}: {text}\nno evidence kept: {reason:#}"),

@@ -4,10 +4,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use blkrepl_tests::binary::{blkrepl, workspace};
-use blkrepl_tests::evidence;
 use blkrepl_tests::report::{human, measured, skipped};
+use blkrepl_tests::scenario::fail;
 use blkrepl_tests::vm::{DiskKind, Init, Kind, Vm, VmOptions, unavailable};
 
 const NAME: &str = "vm_boot";
@@ -143,8 +143,6 @@ fn a_volume_of_fstab_is_there_after_a_boot_whatever_becomes_of_its_keeper() {
         result
     })();
     if let Err(reason) = result {
-        let text = format!("{reason:#}\n{consoles}");
-        let kept = evidence::keep(NAME, None, &text).map(|dir| dir.display().to_string());
-        panic!("{}", anyhow!("{text}\nevidence: {kept:?}"));
+        fail(NAME, None, &format!("{reason:#}\n{consoles}"));
     }
 }

@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use blkrepl_tests::binary::{blkrepl, workspace};
-use blkrepl_tests::evidence;
 use blkrepl_tests::report::{skipped, step};
+use blkrepl_tests::scenario::fail;
 use blkrepl_tests::vm::{Init, Kind, Vm, VmOptions, unavailable};
 
 const NAME: &str = "vm_first";
@@ -203,9 +203,7 @@ fn the_page_for_newcomers_works_as_written() -> Result<()> {
         result
     });
     if let Err(reason) = result {
-        let text = format!("{reason:#}\n{consoles}");
-        let kept = evidence::keep(NAME, None, &text).map(|dir| dir.display().to_string());
-        bail!("{text}\nevidence: {kept:?}");
+        fail(NAME, None, &format!("{reason:#}\n{consoles}"));
     }
     Ok(())
 }

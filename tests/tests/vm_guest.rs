@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use blkrepl_tests::binary::blkrepl;
-use blkrepl_tests::evidence;
 use blkrepl_tests::report::{human, measured, skipped, step};
+use blkrepl_tests::scenario::fail;
 use blkrepl_tests::vm::{DiskKind, Drive, Init, Kind, Vm, VmOptions, unavailable};
 
 const NAME: &str = "vm_guest";
@@ -206,9 +206,7 @@ fn test(name: &str, kind: Kind, body: impl FnOnce() -> Result<()>) {
         return;
     }
     if let Err(reason) = body() {
-        let text = format!("{reason:#}");
-        let kept = evidence::keep(name, None, &text).map(|dir| dir.display().to_string());
-        panic!("{text}\nevidence: {kept:?}");
+        fail(name, None, &format!("{reason:#}"));
     }
 }
 

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use blkrepl_tests::binary::blkrepl;
 use blkrepl_tests::bits::{Random, fresh_seed};
-use blkrepl_tests::evidence;
 use blkrepl_tests::report::{human, measured, skipped, step};
+use blkrepl_tests::scenario::fail;
 use blkrepl_tests::vm::{DiskKind, Kind, Vm, VmOptions, unavailable};
 use blkrepl_tests::wait::wait_until;
 
@@ -68,9 +68,7 @@ fn with_machine(name: &str, body: impl FnOnce(&mut Vm) -> Result<()>) {
         result
     });
     if let Err(reason) = result {
-        let text = format!("{reason:#}\n{consoles}");
-        let kept = evidence::keep(name, None, &text).map(|dir| dir.display().to_string());
-        panic!("{text}\nevidence: {kept:?}");
+        fail(name, None, &format!("{reason:#}\n{consoles}"));
     }
     step(name, &format!("passed in {}", human(started.elapsed())));
 }

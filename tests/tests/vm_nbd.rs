@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use blkrepl_tests::binary::blkrepl;
-use blkrepl_tests::evidence;
 use blkrepl_tests::report::{human, measured, skipped, step};
+use blkrepl_tests::scenario::fail;
 use blkrepl_tests::vm::{Kind, Vm, VmOptions, unavailable};
 
 const COMMON: &str = include_str!("vm_nbd/common.sh");
@@ -59,9 +59,7 @@ impl Script {
             return;
         }
         if let Err(reason) = self.run(programs) {
-            let text = format!("{reason:#}");
-            let kept = evidence::keep(&self.name, None, &text).map(|dir| dir.display().to_string());
-            panic!("{text}\nevidence: {kept:?}");
+            fail(&self.name, None, &format!("{reason:#}"));
         }
     }
 }

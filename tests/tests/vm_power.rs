@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use blkrepl_tests::bits::{Random, fresh_seed};
-use blkrepl_tests::evidence;
 use blkrepl_tests::guest::{self, BOOT_LIMIT, GuestCluster, SYNC_LIMIT};
 use blkrepl_tests::report::{human, measured, skipped, step};
+use blkrepl_tests::scenario::fail;
 use blkrepl_tests::verify::{Verifier, VerifierOptions, connect_any};
 
 const NAME: &str = "vm_power";
@@ -139,9 +139,7 @@ fn flushed_writes_outlive_a_cut_of_both_and_acknowledged_ones_a_cut_of_one() {
         result
     });
     if let Err(reason) = result {
-        let text = format!("seed {seed}: {reason:#}\n{consoles}");
-        let kept = evidence::keep(NAME, None, &text).map(|dir| dir.display().to_string());
-        panic!("{text}\nevidence: {kept:?}");
+        fail(NAME, None, &format!("seed {seed}: {reason:#}\n{consoles}"));
     }
     step(NAME, &format!("passed in {}", human(started.elapsed())));
 }
