@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail, ensure};
 
 /// Commits numbers one after the other with `commit`, and knows which were reported committed.
 pub struct Ledger {
@@ -49,4 +49,15 @@ impl Ledger {
         }
         Ok(self.committed())
     }
+}
+
+/// Looks at what a database says of an account: how many numbers there are, and the last one, with a space between.
+///
+/// # Errors
+/// If some are missing, or the last is not as far as was reported committed.
+pub fn check_counts(found: &str, committed: u64) -> Result<()> {
+    let numbers: Vec<u64> = found.split(' ').filter_map(|number| number.parse().ok()).collect();
+    let [count, last] = numbers[..] else { bail!("it says {found}") };
+    ensure!(count == last && last >= committed, "{committed} reported committed; count and last: {found}");
+    Ok(())
 }

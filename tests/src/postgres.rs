@@ -4,11 +4,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::process::Signal;
 
+use crate::ledger::{self, Ledger};
 use crate::proc::{self, Finished, Proc, run};
 use crate::wait::wait_for;
 
@@ -126,6 +128,49 @@ impl Postgres {
     /// Where it fails.
     pub fn query(&self, text: &str) -> Result<String> {
         Ok(self.sql(text)?.ok()?.stdout.trim().to_owned())
+    }
+
+    /// Makes the table of accounts, see [`account`](Self::account).
+    ///
+    /// # Errors
+    /// Where it fails.
+    pub fn create_accounts(&self) -> Result<()> {
+        self.query("CREATE TABLE ledger(worker int, n bigint, PRIMARY KEY (worker, n))").map(drop)
+    }
+
+    /// Keeps an account, each of its numbers in a transaction.
+    #[must_use]
+    pub fn account(self: &Arc<Self>, worker: usize) -> Ledger {
+        let server = Arc::clone(self);
+        Ledger::start(move |number| {
+            let done = server.sql(&format!("INSERT INTO ledger VALUES ({worker}, {number})"));
+            done.is_ok_and(|done| done.code() == 0)
+        })
+    }
+
+    /// The numbers of an account, from 1 on without a gap, reach at least to what was reported committed. Returns how
+    /// many there are, and the last.
+    ///
+    /// # Errors
+    /// What is there instead.
+    pub fn check_account(&self, worker: usize, committed: u64) -> Result<String> {
+        let sql =
+            format!("SELECT count(*) || ' ' || coalesce(max(n), 0) FROM ledger WHERE worker = {worker}");
+        let found = self.query(&sql)?;
+        ledger::check_counts(&found, committed).with_context(|| format!("account {worker} of PostgreSQL"))?;
+        Ok(found)
+    }
+
+    /// The balances of pgbench add up to its history, and every table and index page can be read; page checksums are
+    /// on.
+    ///
+    /// # Errors
+    /// What does not, or cannot.
+    pub fn check_pgbench(&self) -> Result<()> {
+        let money = "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = \
+                     (SELECT coalesce(sum(delta), 0) FROM pgbench_history)";
+        ensure!(self.query(money)? == "t", "the balances do not add up to the history");
+        run(self.client("pg_dumpall").args(["--no-sync", "-f", "/dev/null"]), STEP_LIMIT)?.ok().map(drop)
     }
 
     /// Where its sockets and its log are.

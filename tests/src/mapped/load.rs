@@ -12,14 +12,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, check_counts};
 use crate::postgres::Postgres;
 use crate::proc::run;
 use crate::wait::wait_until;
 
 const LIMIT: Duration = Duration::from_secs(120);
 /// Accounts in PostgreSQL.
-const LEDGERS: u32 = 2;
+const LEDGERS: usize = 2;
 /// Pause between two writes of the writer.
 const TICK: Duration = Duration::from_millis(5);
 
@@ -100,10 +100,10 @@ impl Load {
         Postgres::init(&data)?;
         let server = Arc::new(Postgres::start(&data, &scratch.join("run"))?);
         run(server.client("pgbench").args(["-i", "-q", "-s", "2", "postgres"]), LIMIT)?.ok()?;
-        server.query("CREATE TABLE ledger(worker int, n bigint, PRIMARY KEY (worker, n))")?;
+        server.create_accounts()?;
         server.query("CREATE EXTENSION amcheck")?;
         let pgbench = start_pgbench(&server, scratch)?;
-        let ledgers = (0..LEDGERS).map(|worker| insert_into(&server, worker)).collect();
+        let ledgers = (0..LEDGERS).map(|worker| server.account(worker)).collect();
         let sqlite = start_sqlite(&at.join("ledger.db"))?;
         let ticker = Ticker::start(&at.join("ticks"))?;
         let load =
@@ -143,7 +143,7 @@ impl Load {
         let mut reported = 0;
         for (worker, ledger) in self.ledgers.into_iter().enumerate() {
             let committed = ledger.end()?;
-            check_ledger(&self.server, worker, committed)?;
+            self.server.check_account(worker, committed)?;
             reported += committed;
         }
         let committed = self.sqlite.end()?;
@@ -156,15 +156,6 @@ impl Load {
         ensure!(!out.contains("aborted"), "pgbench was told of an error: {out}");
         Ok(reported)
     }
-}
-
-/// An account in PostgreSQL.
-fn insert_into(server: &Arc<Postgres>, worker: u32) -> Ledger {
-    let server = Arc::clone(server);
-    Ledger::start(move |number| {
-        let done = server.sql(&format!("INSERT INTO ledger VALUES ({worker}, {number})"));
-        done.is_ok_and(|done| done.code() == 0)
-    })
 }
 
 fn start_pgbench(server: &Postgres, scratch: &Path) -> Result<Child> {
@@ -188,26 +179,10 @@ fn start_sqlite(db: &Path) -> Result<Ledger> {
     }))
 }
 
-/// Numbers from 1 on, without a gap, at least up to what was reported committed.
-///
-/// # Errors
-/// What is there instead.
-pub(super) fn check_ledger(server: &Postgres, worker: usize, committed: u64) -> Result<()> {
-    let sql = format!("SELECT count(*) || ' ' || coalesce(max(n), 0) FROM ledger WHERE worker = {worker}");
-    check_counts(&server.query(&sql)?, committed).with_context(|| format!("account {worker} of PostgreSQL"))
-}
-
 fn check_sqlite(db: &Path, committed: u64) -> Result<()> {
     ensure!(sqlite(db, "PRAGMA integrity_check;")? == "ok", "SQLite finds its file broken");
     let counts = sqlite(db, "SELECT count(*) || ' ' || coalesce(max(n), 0) FROM ledger;")?;
     check_counts(&counts, committed).context("the account in SQLite")
-}
-
-fn check_counts(found: &str, committed: u64) -> Result<()> {
-    let numbers: Vec<u64> = found.split(' ').filter_map(|number| number.parse().ok()).collect();
-    let [count, last] = numbers[..] else { return Err(anyhow!("it says {found}")) };
-    ensure!(count == last && last >= committed, "{committed} reported committed; count and last: {found}");
-    Ok(())
 }
 
 /// Every index agrees with its table, all pages have their checksums, and the balances add up.
@@ -218,9 +193,5 @@ pub(super) fn check_tables(server: &Postgres) -> Result<()> {
     let indexes = "SELECT bt_index_parent_check(c.oid, true) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid \
                    JOIN pg_am a ON a.oid = c.relam WHERE a.amname = 'btree' AND c.relpersistence = 'p'";
     server.query(indexes).context("amcheck")?;
-    let money = "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = \
-                 (SELECT coalesce(sum(delta), 0) FROM pgbench_history)";
-    ensure!(server.query(money)? == "t", "the balances do not add up to the history");
-    run(server.client("pg_dumpall").args(["--no-sync", "-f", "/dev/null"]), LIMIT)?.ok()?;
-    Ok(())
+    server.check_pgbench()
 }

@@ -14,10 +14,9 @@ use anyhow::{Context, Result};
 use rustix::process::Signal;
 
 use super::device::check_kernel_log;
-use super::load::{check_ledger, check_tables};
+use super::load::check_tables;
 use super::{Mapped, MappedFs};
 use crate::binary::blkrepl;
-use crate::ledger::Ledger;
 use crate::mount::FileSystem;
 use crate::postgres::Postgres;
 use crate::proc::{Proc, run};
@@ -57,13 +56,9 @@ pub fn load(kind: FileSystem, dir: &Path, tell: &Path) -> Result<()> {
     Postgres::init(&data())?;
     let server = Arc::new(Postgres::start(&data(), Path::new("/run/pg-load"))?);
     run(server.client("pgbench").args(["-i", "-q", "-s", "1", "postgres"]), LIMIT)?.ok()?;
-    server.query("CREATE TABLE ledger(worker int, n bigint, PRIMARY KEY (worker, n))")?;
+    server.create_accounts()?;
     server.query("CREATE EXTENSION amcheck")?;
-    let shared = Arc::clone(&server);
-    let ledger = Ledger::start(move |number| {
-        let done = shared.sql(&format!("INSERT INTO ledger VALUES (0, {number})"));
-        done.is_ok_and(|done| done.code() == 0)
-    });
+    let ledger = server.account(0);
     let mut pgbench = server.client("pgbench");
     let _pgbench = pgbench.args(["-n", "-c", "2", "-T", "36000", "postgres"]).spawn()?;
     let mut out = fs::OpenOptions::new().write(true).open(tell)?;
@@ -83,7 +78,7 @@ pub fn check(kind: FileSystem, dir: &Path, committed: u64) -> Result<()> {
     // What its last run left; nobody has it any more.
     let _absent = fs::remove_file(data().join("postmaster.pid"));
     let server = Postgres::start(&data(), Path::new("/run/pg-check"))?;
-    check_ledger(&server, 0, committed)?;
+    server.check_account(0, committed)?;
     check_tables(&server)?;
     server.stop()?;
     fs.check()?;
