@@ -25,15 +25,36 @@ pub const GONE_AFTER: Duration = Duration::from_secs(60);
 const _: () =
     assert!(PROBE_IDLE.as_secs() + PROBE_INTERVAL.as_secs() * PROBES as u64 == GONE_AFTER.as_secs());
 
+/// When the kernel takes the other end of a connection for gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// Silence after which it asks.
+    pub probe_idle: Duration,
+    /// Time between two such probes.
+    pub probe_interval: Duration,
+    /// Probes without an answer after which the connection is over.
+    pub probes: u32,
+    /// Longest time that bytes may wait for the other end's acknowledgement; at most some weeks.
+    pub gone_after: Duration,
+}
+
+/// That of a server with its clients.
+pub const CLIENTS: Patience = Patience {
+    probe_idle: PROBE_IDLE,
+    probe_interval: PROBE_INTERVAL,
+    probes: PROBES,
+    gone_after: GONE_AFTER,
+};
+
 /// Sets it on a connected TCP socket.
 ///
 /// # Errors
 /// The kernel's, which has a reason only if the socket is no TCP socket or not open any more.
-pub(crate) fn watch<S: AsFd>(socket: S) -> rustix::io::Result<()> {
+pub fn watch<S: AsFd>(socket: S, patience: Patience) -> rustix::io::Result<()> {
     let socket = socket.as_fd();
-    sockopt::set_tcp_keepidle(socket, PROBE_IDLE)?;
-    sockopt::set_tcp_keepintvl(socket, PROBE_INTERVAL)?;
-    sockopt::set_tcp_keepcnt(socket, PROBES)?;
-    sockopt::set_tcp_user_timeout(socket, GONE_AFTER.as_millis() as u32)?;
+    sockopt::set_tcp_keepidle(socket, patience.probe_idle)?;
+    sockopt::set_tcp_keepintvl(socket, patience.probe_interval)?;
+    sockopt::set_tcp_keepcnt(socket, patience.probes)?;
+    sockopt::set_tcp_user_timeout(socket, patience.gone_after.as_millis() as u32)?;
     sockopt::set_socket_keepalive(socket, true)
 }

@@ -192,7 +192,7 @@ impl Listener {
                 // Without it small replies wait for the client's delayed acknowledgement. It fails only if the
                 // connection is gone already, which shows soon enough.
                 let _ = stream.set_nodelay(true);
-                if let Err(error) = keepalive::watch(&stream) {
+                if let Err(error) = keepalive::watch(&stream, keepalive::CLIENTS) {
                     tracing::debug!(%peer, %error, "an NBD client's socket cannot be watched");
                 }
                 // A connection without it is gone, which shows soon enough, too.

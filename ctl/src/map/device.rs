@@ -142,11 +142,17 @@ pub fn user(device: &Mapped) -> Option<String> {
         .or_else(|| opener(&numbers))
 }
 
+/// Where sysfs has a disk and its partitions.
+fn places(disk: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(disk).into_iter().flatten().filter_map(|e| Some(e.ok()?.path()));
+    entries.filter(|path| path.join("partition").exists()).chain([disk.to_owned()])
+}
+
 /// Device numbers of a disk and its partitions, as procfs and sysfs write them: `43:0`.
 fn device_numbers(disk: &Path) -> Vec<String> {
-    let partitions = fs::read_dir(disk).into_iter().flatten().filter_map(|e| Some(e.ok()?.path()));
-    let places = partitions.filter(|path| path.join("partition").exists()).chain([disk.to_owned()]);
-    places.filter_map(|place| Some(fs::read_to_string(place.join("dev")).ok()?.trim().to_owned())).collect()
+    places(disk)
+        .filter_map(|place| Some(fs::read_to_string(place.join("dev")).ok()?.trim().to_owned()))
+        .collect()
 }
 
 /// Processes of this machine, as procfs has them.
@@ -177,9 +183,8 @@ fn mounted(numbers: &[String]) -> Option<String> {
 
 /// What the kernel has built on it: device mapper, md.
 fn built_on(index: u32) -> Option<String> {
-    let disk = sysfs(index);
-    let places = fs::read_dir(&disk).into_iter().flatten().filter_map(|e| Some(e.ok()?.path())).chain([disk]);
-    let holder = places.flat_map(|place| fs::read_dir(place.join("holders")).into_iter().flatten()).next()?;
+    let holders = |place: PathBuf| fs::read_dir(place.join("holders")).into_iter().flatten();
+    let holder = places(&sysfs(index)).flat_map(holders).next()?;
     Some(format!("{} is built on it", holder.ok()?.file_name().to_string_lossy()))
 }
 

@@ -22,7 +22,7 @@ const WATCH: Duration = Duration::from_secs(1);
 /// First and longest pause between two searches for the primary.
 const SEARCH_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(250));
 /// How often it is told that the primary is not found.
-const TELL: Duration = Duration::from_secs(10);
+pub(super) const TELL: Duration = Duration::from_secs(10);
 /// How long the kernel may take to notice that a connection was shut down.
 const SHUT_DOWN_LIMIT: Duration = Duration::from_millis(300);
 /// Looks without progress after which a connection is taken for dead: at first, and at most.

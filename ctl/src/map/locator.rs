@@ -10,19 +10,20 @@ use std::thread;
 use std::time::Duration;
 
 use blkrepl_engine::reactor::{ClientSession, boottime_now};
+use blkrepl_nbd::keepalive::{self, Patience};
 use blkrepl_nbd::{ClientOptions, ExportFacts, NbdError, NbdUri, Place, Target, connect_session, places};
-use rustix::net::sockopt;
 
 /// Longest time of one attempt. Those at other nodes run beside it.
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(2);
 /// Most addresses that are kept in mind.
 const ADDRESSES_MAX: usize = 64;
-/// Silence after which the kernel asks whether the primary's machine is there, and the time between such questions.
-const PROBE: Duration = Duration::from_secs(1);
-/// Questions without an answer after which it is not.
-const PROBES: u32 = 2;
-/// Longest time that what was sent may wait for the acknowledgement of the primary's machine.
-const GONE_AFTER: Duration = Duration::from_secs(3);
+/// When the kernel finds out by itself that the primary's machine is gone: soon, as nobody may keep the device.
+const PRIMARY: Patience = Patience {
+    probe_idle: Duration::from_secs(1),
+    probe_interval: Duration::from_secs(1),
+    probes: 2,
+    gone_after: Duration::from_secs(3),
+};
 
 /// A node that serves the volume.
 #[derive(Debug)]
@@ -144,20 +145,11 @@ fn connect(
     let uri = NbdUri { target: target.clone(), export: volume.to_owned() };
     let (connection, facts) = connect_session(&uri, session, Locator::options())?;
     let prepared = rustix::io::ioctl_fionbio(&connection, false).and_then(|()| match target {
-        Target::Tcp { .. } => watch(&connection),
+        Target::Tcp { .. } => keepalive::watch(&connection, PRIMARY),
         Target::Unix(_) => Ok(()),
     });
     prepared.map_err(|error| NbdError::Disconnected(error.to_string()))?;
     Ok((connection, facts))
-}
-
-/// Lets the kernel find out by itself, and soon, that the primary's machine is gone: also when nobody keeps the device.
-fn watch(connection: &OwnedFd) -> rustix::io::Result<()> {
-    sockopt::set_tcp_keepidle(connection, PROBE)?;
-    sockopt::set_tcp_keepintvl(connection, PROBE)?;
-    sockopt::set_tcp_keepcnt(connection, PROBES)?;
-    sockopt::set_tcp_user_timeout(connection, GONE_AFTER.as_millis() as u32)?;
-    sockopt::set_socket_keepalive(connection, true)
 }
 
 #[cfg(test)]

@@ -42,8 +42,6 @@ use record::{RUN_DIR, Recorder};
 pub const CONFIG_DEFAULT: &str = "/etc/blkrepl/node.toml";
 /// Pause between two searches for the primary before there is a device.
 const SEARCH_PAUSE: Duration = Duration::from_millis(250);
-/// How often it is told that the primary is not found.
-const TELL: Duration = Duration::from_secs(10);
 
 /// Maps a volume and keeps its device on the primary, until SIGTERM, or until it is unmapped.
 ///
@@ -154,7 +152,7 @@ fn wait_for_primary(locator: &mut Locator, interrupt: &Interrupt) -> Result<Opti
         if let Some(reason) = hopeless(&refusals) {
             bail!("{reason}");
         }
-        if told.is_none_or(|at| at.elapsed() >= TELL) {
+        if told.is_none_or(|at| at.elapsed() >= keeper::TELL) {
             tracing::warn!("no node serves the volume yet: {}", keeper::explain(&refusals));
             told = Some(Instant::now());
         }
