@@ -5,7 +5,8 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use blkrepl_tests::binary::{blkrepl, workspace};
+use blkrepl_tests::binary::workspace;
+use blkrepl_tests::mapped::dist;
 use blkrepl_tests::report::{human, measured, skipped};
 use blkrepl_tests::scenario::fail;
 use blkrepl_tests::vm::{DiskKind, Init, Kind, Vm, VmOptions, unavailable};
@@ -66,13 +67,7 @@ fn install(vm: &Vm) -> Result<()> {
     ok(vm, &format!("mkfs.ext4 -q {disk} && mkdir /disk /srv/db && mount {disk} /disk"))?;
     ok(vm, &format!("echo '{disk} /disk ext4 defaults 0 2' >>/etc/fstab"))?;
     let (commands, fstab) = documented()?;
-    // The sources are not in the machine; what is installed from them is.
-    for name in ["blkrepl.service", "blkrepl-map@.service", "60-blkrepl.rules"] {
-        let text = std::fs::read(workspace().join("ctl/dist").join(name))?;
-        std::fs::write(vm.share().join(name), text)?;
-    }
-    let commands = commands.replace("target/release/", "/host/bin/").replace("ctl/dist/", "/host/");
-    ok(vm, &format!("set -e\n{commands}"))?;
+    ok(vm, &format!("set -e\n{}", dist::in_machine(&commands)))?;
     ok(vm, CLUSTER)?;
     let enable = "cd /etc/systemd/system && mkdir -p multi-user.target.wants && for unit in blkrepl blkrepl-n2 \
                   blkrepl-n3; do ln -s ../$unit.service multi-user.target.wants/; done && \
@@ -127,7 +122,7 @@ fn a_volume_of_fstab_is_there_after_a_boot_whatever_becomes_of_its_keeper() {
     let mut consoles = String::new();
     let result = (|| {
         let mut vm = Vm::new(VmOptions::new(Kind::Uml).disk(DISK, DiskKind::File))?;
-        vm.put_program(blkrepl()?)?;
+        dist::put(&vm)?;
         vm.boot()?;
         let result = (|| {
             install(&vm).context("install")?;

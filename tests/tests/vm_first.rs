@@ -7,7 +7,8 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use blkrepl_tests::binary::{blkrepl, workspace};
+use blkrepl_tests::binary::workspace;
+use blkrepl_tests::mapped::dist;
 use blkrepl_tests::report::{skipped, step};
 use blkrepl_tests::scenario::fail;
 use blkrepl_tests::vm::{Init, Kind, Vm, VmOptions, unavailable};
@@ -94,10 +95,7 @@ impl Site {
             let mut options = VmOptions { words, memory_mib: 512, ..VmOptions::new(Kind::Uml) };
             options.init = Init::Systemd;
             let vm = Vm::new(options)?;
-            vm.put_program(blkrepl()?)?;
-            for file in ["blkrepl.service", "blkrepl-map@.service", "60-blkrepl.rules"] {
-                fs::copy(workspace().join("ctl/dist").join(file), vm.share().join(file))?;
-            }
+            dist::put(&vm)?;
             machines.insert(name, vm);
         }
         let mut site = Self { machines };
@@ -120,8 +118,8 @@ impl Site {
 
     fn run(&self, name: &str, script: &str) -> Result<String> {
         let vm = self.machines.get(name).with_context(|| format!("no machine {name}"))?;
-        // The sources are not in the machine; what is installed from them is. Assignments hold for later blocks.
-        let script = script.replace("target/release/", "/host/bin/").replace("ctl/dist/", "/host/");
+        // Assignments hold for later blocks.
+        let script = dist::in_machine(script);
         let whole = format!("set -e; touch /root/vars; . /root/vars\n{script}");
         let done = vm.run(&whole, LIMIT)?.ok().with_context(|| format!("on {name}: {script}"))?;
         if script.starts_with("number=") {

@@ -5,6 +5,7 @@
 //! Never does: deciding what fails; that is [`rounds`]'s.
 
 mod device;
+pub mod dist;
 mod load;
 pub mod power;
 pub mod rounds;
