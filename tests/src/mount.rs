@@ -130,7 +130,7 @@ impl Mount {
         Ok(())
     }
 
-    /// Gives up the space of what was deleted from the mounted file system.
+    /// Gives up the space of what was deleted from the mounted file system; XFS may still be at it afterwards.
     ///
     /// # Errors
     /// Where it is not mounted, or fstrim fails.
