@@ -36,13 +36,15 @@ pub trait FrontEnd {
     /// Its size and block size in bytes; `None` if it is gone.
     fn size(&self) -> Option<(u64, u32)>;
 
-    /// Puts a connection in the place of the dead one. `resize`: the new size and block size.
+    /// Puts a connection in the place of the dead one; changes nothing if that one lives.
+    /// `resize`: the new size and block size.
     ///
     /// # Errors
     /// The device is gone, or does not take them.
     fn replace(&mut self, resize: Option<(u64, u32)>, connection: &OwnedFd) -> io::Result<()>;
 
-    /// Waits until the connection has died, at most so long; says whether one has.
+    /// Waits until a connection has died, at most so long; says whether one has. That may be one whose place was taken
+    /// since.
     ///
     /// # Errors
     /// It cannot be told any more.

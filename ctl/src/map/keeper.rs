@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use blkrepl_nbd::{ExportFacts, Target};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::front_end::{FrontEnd, Progress};
 use super::locator::{Found, Locator, Refusals, target_of};
@@ -106,7 +107,8 @@ impl<'a, F: FrontEnd> Keeper<'a, F> {
                 lost = !self.reconnect(dead, interrupt)?;
                 continue;
             }
-            dead = self.front.wait_dead(WATCH)?;
+            let told = self.front.wait_dead(WATCH)?;
+            dead = self.is_dead(told);
             if dead {
                 tracing::info!("volume {} lost its connection", self.front.identity().volume);
             }
@@ -189,6 +191,20 @@ impl<'a, F: FrontEnd> Keeper<'a, F> {
         self.contradicted >= 2
     }
 
+    /// Whether the device has no connection any more. `told`: it says that one has died.
+    ///
+    /// Which one it does not say, and it may say so late: after another one was to take its place. That one it has not
+    /// taken if the death had not reached it by then.
+    fn is_dead(&mut self, told: bool) -> bool {
+        let Some(held) = &self.held else { return told };
+        if has_ended(held) {
+            return true;
+        }
+        // Changes nothing where the device has it already. Who takes a live connection for dead here gives it up, which
+        // is told, and so on without end.
+        told && self.front.replace(None, held).is_err()
+    }
+
     /// Ends the connection that the device may still have, and waits until the kernel has noticed. The primary ends it
     /// as well, if it is the same one.
     fn end_connection(&mut self) -> std::io::Result<()> {
@@ -219,6 +235,14 @@ impl<'a, F: FrontEnd> Keeper<'a, F> {
         }
         stuck
     }
+}
+
+/// Whether a connection was shut down, by whichever end.
+fn has_ended(connection: &OwnedFd) -> bool {
+    let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    let mut asked = [PollFd::new(connection, PollFlags::RDHUP)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut asked, Some(&now)).is_ok() && asked[0].revents().intersects(gone)
 }
 
 /// What each node said.

@@ -13,7 +13,7 @@ use blkrepl_nbd::{
     admit_with,
 };
 
-use super::{Ending, Keeper};
+use super::{Ending, Keeper, has_ended};
 use crate::map::device::Identity;
 use crate::map::front_end::{FrontEnd, Progress};
 use crate::map::locator::{Locator, target_of};
@@ -34,6 +34,8 @@ struct Says {
     /// The latest generation of a connection, and how often a later one came.
     generation: u64,
     successors: u64,
+    /// Connections of that generation.
+    connections: Vec<OwnedFd>,
 }
 
 /// A node that can be told what to say.
@@ -71,8 +73,14 @@ impl Exports for Node {
             let generation = connection.session.expect("a keeper has a client session").generation;
             node.with(|says| {
                 says.served += 1;
-                says.successors += u64::from(generation > says.generation);
-                says.generation = generation.max(says.generation);
+                if generation > says.generation {
+                    says.successors += 1;
+                    says.generation = generation;
+                    says.connections.clear();
+                }
+                if generation == says.generation {
+                    says.connections.push(connection.fd);
+                }
             });
         })
     }
@@ -107,6 +115,7 @@ impl Cluster {
             served: 0,
             generation: 0,
             successors: 0,
+            connections: Vec::new(),
         };
         let nodes: Vec<Node> = (0..count).map(|n| Node(Arc::new(Mutex::new(says(n == 0))))).collect();
         let listen = [ListenAddr::Tcp("127.0.0.1:0".parse().unwrap())];
@@ -153,11 +162,22 @@ struct Counted {
 #[derive(Default)]
 struct State {
     gone: bool,
-    /// Deaths of the connection that are still to be told.
+    /// The connection that it has, while that lives.
+    connection: Option<OwnedFd>,
+    /// Deaths of connections that are still to be told.
     deaths: VecDeque<()>,
     replaced: Vec<Option<(u64, u32)>>,
     progress: Option<Progress>,
     looks: u32,
+}
+
+impl State {
+    /// The connection ends, and the device notices at once.
+    fn die(&mut self) {
+        let connection = self.connection.take().expect("it has a connection");
+        rustix::net::shutdown(&connection, rustix::net::Shutdown::Both).unwrap();
+        self.deaths.push_back(());
+    }
 }
 
 impl FrontEnd for Counted {
@@ -179,15 +199,26 @@ impl FrontEnd for Counted {
         Some((SIZE, 4096))
     }
 
-    fn replace(&mut self, resize: Option<(u64, u32)>, _connection: &OwnedFd) -> io::Result<()> {
-        self.state.lock().unwrap().replaced.push(resize);
+    fn replace(&mut self, resize: Option<(u64, u32)>, connection: &OwnedFd) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        if state.connection.is_none() {
+            state.connection = Some(connection.try_clone()?);
+            state.replaced.push(resize);
+        }
         Ok(())
     }
 
     fn wait_dead(&mut self, limit: Duration) -> io::Result<bool> {
-        if self.state.lock().unwrap().deaths.pop_front().is_some() {
+        let mut state = self.state.lock().unwrap();
+        // As the kernel, it notices the end of its connection by itself.
+        if state.connection.as_ref().is_some_and(has_ended) {
+            state.connection = None;
+            state.deaths.push_back(());
+        }
+        if state.deaths.pop_front().is_some() {
             return Ok(true);
         }
+        drop(state);
         thread::sleep(limit.min(Duration::from_millis(20)));
         Ok(false)
     }
@@ -202,6 +233,7 @@ fn with_keeper(cluster: &Cluster, body: impl FnOnce(&Mutex<State>, &std::path::P
     let mut locator = Locator::new("vol0", 1, cluster.targets.clone());
     let recorder = Recorder::new(dir.path(), "vol0");
     let found = locator.find().unwrap();
+    state.lock().unwrap().connection = Some(found.connection.try_clone().unwrap());
     thread::scope(|scope| {
         let keeping = scope.spawn(move || {
             let keeper = Keeper::of_new(&mut front, locator, recorder, found);
@@ -238,7 +270,7 @@ fn a_dead_connection_is_replaced_by_one_to_whoever_serves() {
     let cluster = Cluster::new(3);
     let ending = with_keeper(&cluster, |state, dir| {
         cluster.primary(2);
-        state.lock().unwrap().deaths.push_back(());
+        state.lock().unwrap().die();
         eventually("it goes on at the third", || replaced(state) == 1);
         eventually("it says so", || {
             record::read(dir, "vol0").is_some_and(|r| r.primary == Some(cluster.targets[2].to_string()))
@@ -261,11 +293,41 @@ fn a_node_with_two_addresses_does_not_replace_its_own_connection() {
     cluster.servers.push(server);
     with_keeper(&cluster, |state, _| {
         eventually("it is reached by both", || cluster.served() == [2]);
-        state.lock().unwrap().deaths.push_back(());
+        state.lock().unwrap().die();
         eventually("it goes on", || replaced(state) == 1);
         look_on(state, 3);
         assert_eq!(replaced(state), 1);
         assert_eq!(cluster.nodes[0].with(|says| says.successors), 2, "one at first, and one for the death");
+    });
+}
+
+#[test]
+fn a_death_that_is_told_late_ends_no_connection() {
+    let cluster = Cluster::new(1);
+    with_keeper(&cluster, |state, _| {
+        state.lock().unwrap().die();
+        eventually("it goes on", || replaced(state) == 1);
+        state.lock().unwrap().deaths.push_back(());
+        look_on(state, 3);
+        assert_eq!((replaced(state), cluster.served()), (1, vec![2]));
+    });
+}
+
+#[test]
+fn a_device_that_noticed_a_death_too_late_gets_the_connection_again() {
+    let cluster = Cluster::new(1);
+    with_keeper(&cluster, |state, _| {
+        state.lock().unwrap().die();
+        eventually("it goes on", || replaced(state) == 1);
+        {
+            // It took no notice of the connection that it was given: its old one had not died for it.
+            let mut state = state.lock().unwrap();
+            state.connection = None;
+            state.deaths.push_back(());
+        }
+        eventually("it is given to it again", || replaced(state) == 2);
+        look_on(state, 3);
+        assert_eq!((replaced(state), cluster.served()), (2, vec![2]), "and no other one");
     });
 }
 
@@ -310,7 +372,7 @@ fn another_lineage_is_not_gone_on_with() {
     let cluster = Cluster::new(1);
     with_keeper(&cluster, |state, dir| {
         cluster.nodes[0].with(|says| says.lineage += 1);
-        state.lock().unwrap().deaths.push_back(());
+        state.lock().unwrap().die();
         eventually("it says why", || {
             record::read(dir, "vol0")
                 .and_then(|r| r.waiting)
@@ -328,7 +390,7 @@ fn a_smaller_volume_is_refused_and_a_larger_one_is_taken() {
     let cluster = Cluster::new(1);
     with_keeper(&cluster, |state, dir| {
         cluster.nodes[0].with(|says| says.size = SIZE - 4096);
-        state.lock().unwrap().deaths.push_back(());
+        state.lock().unwrap().die();
         eventually("it says why", || {
             record::read(dir, "vol0").and_then(|r| r.waiting).is_some_and(|why| why.contains("bytes of it"))
         });
@@ -344,7 +406,7 @@ fn nodes_that_are_gone_are_waited_for() {
     let cluster = Cluster::new(1);
     with_keeper(&cluster, |state, dir| {
         cluster.nodes[0].with(|says| says.serves = false);
-        state.lock().unwrap().deaths.push_back(());
+        state.lock().unwrap().die();
         eventually("it says that it waits", || {
             record::read(dir, "vol0").is_some_and(|r| r.waiting.is_some())
         });

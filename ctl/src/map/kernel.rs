@@ -13,6 +13,8 @@
 //!   while the first copy may still arrive: so a device has one (docs/decisions/map.md).
 //! - Without a dead-connection time-out all requests fail as soon as no socket is left.
 //! - A reconfiguration takes the place of a dead socket; it closes what it is given if there is none, and says nothing.
+//! - Death of a socket is told once, with the device's number only, and by a work item: perhaps after a
+//!   reconfiguration.
 //! - A device that was made by ioctl (as old releases of `nbd-client` do) cannot be driven by netlink, nor the
 //!   other way round.
 

@@ -3,11 +3,11 @@
 //! Starts from the addresses that it is given and learns the others from whichever node answers, so one that is
 //! reachable is enough. Never does: keeping a connection, or deciding what becomes of the device.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blkrepl_engine::reactor::{ClientSession, boottime_now};
 use blkrepl_nbd::keepalive::{self, Patience};
@@ -15,6 +15,8 @@ use blkrepl_nbd::{ClientOptions, ExportFacts, NbdError, NbdUri, Place, Target, c
 
 /// Longest time of one attempt. Those at other nodes run beside it.
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(2);
+/// How long answers are waited for before the nodes that have answered are asked again.
+const ROUND_LIMIT: Duration = Duration::from_millis(250);
 /// Most addresses that are kept in mind.
 const ADDRESSES_MAX: usize = 64;
 /// When the kernel finds out by itself that the primary's machine is gone: soon, as nobody may keep the device.
@@ -41,12 +43,65 @@ pub struct Found {
 /// Why each of the nodes does not serve the volume.
 pub type Refusals = BTreeMap<String, NbdError>;
 
+/// What an attempt at a node came to.
+type Answer = (Target, Result<(OwnedFd, ExportFacts), NbdError>);
+
+/// A search for the primary: from the first attempt until one of them succeeds.
+#[derive(Debug)]
+struct Search {
+    /// Of every connection of this search, however often a node is asked: a node ends what is older than the newest
+    /// that it sees, so an attempt that is still under way must not end the connection that was taken.
+    session: ClientSession,
+    /// Attempts under way. A machine that says nothing must not keep the others from being asked again.
+    asked: BTreeSet<String>,
+    answer: mpsc::Sender<Answer>,
+    answers: mpsc::Receiver<Answer>,
+}
+
+impl Search {
+    fn new(id: u128) -> Self {
+        let (answer, answers) = mpsc::channel();
+        // Rises also from one keeper to the next: a device does not outlive the run of its kernel.
+        let session = ClientSession { id, generation: boottime_now().0 };
+        Self { session, asked: BTreeSet::new(), answer, answers }
+    }
+
+    /// Begins an attempt at a node, unless one is under way.
+    fn ask(&mut self, target: &Target, volume: &str) {
+        if !self.asked.insert(target.to_string()) {
+            return;
+        }
+        let (answer, session) = (self.answer.clone(), self.session);
+        let (asked, volume) = (target.clone(), volume.to_owned());
+        let attempt = move || {
+            let found = connect(&asked, &volume, session);
+            // Nobody listens any more when another node was found.
+            let _unheard = answer.send((asked, found));
+        };
+        if let Err(error) = thread::Builder::new().name("locate".into()).spawn(attempt) {
+            tracing::warn!("cannot start a thread to ask a node: {error}");
+            self.asked.remove(&target.to_string());
+        }
+    }
+
+    /// The next answer, if there is one to come until then.
+    fn hear(&mut self, until: Instant) -> Option<Answer> {
+        if self.asked.is_empty() {
+            return None;
+        }
+        let answer = self.answers.recv_timeout(until.saturating_duration_since(Instant::now())).ok()?;
+        self.asked.remove(&answer.0.to_string());
+        Some(answer)
+    }
+}
+
 /// Where a volume may be.
 #[derive(Debug)]
 pub struct Locator {
     volume: String,
     session: u128,
     targets: Vec<Target>,
+    search: Option<Search>,
     /// Whose turn it is to be asked who is primary.
     turn: usize,
 }
@@ -54,36 +109,26 @@ pub struct Locator {
 impl Locator {
     /// `seeds`: nodes of the cluster, in the order of preference; a unix socket is a node of this machine.
     pub fn new(volume: &str, session: u128, seeds: Vec<Target>) -> Self {
-        Self { volume: volume.to_owned(), session, targets: seeds, turn: 0 }
+        Self { volume: volume.to_owned(), session, targets: seeds, search: None, turn: 0 }
     }
 
     fn options() -> ClientOptions {
         ClientOptions { connect_timeout: ATTEMPT_LIMIT, io_timeout: ATTEMPT_LIMIT }
     }
 
-    /// Connects to whichever node serves the volume. The connections that the device had are given up with that.
+    /// Connects to whichever node serves the volume, if one does soon. The connections that the device had are given up
+    /// with that.
     ///
     /// # Errors
-    /// What each node said.
+    /// What each node said; one that says nothing is left out until its attempt has failed.
     pub fn find(&mut self) -> Result<Found, Refusals> {
-        let (answer, answers) = mpsc::channel();
-        // Rises also from one keeper to the next: a device does not outlive the run of its kernel.
-        let generation = boottime_now().0;
-        let session = ClientSession { id: self.session, generation };
-        for target in self.targets.clone() {
-            let (answer, volume) = (answer.clone(), self.volume.clone());
-            let ask = move || {
-                let found = connect(&target, &volume, session);
-                // Nobody listens any more when another node was found.
-                let _unheard = answer.send((target, found));
-            };
-            if let Err(error) = thread::Builder::new().name("locate".into()).spawn(ask) {
-                tracing::warn!("cannot start a thread to ask a node: {error}");
-            }
+        let mut search = self.search.take().unwrap_or_else(|| Search::new(self.session));
+        for target in &self.targets {
+            search.ask(target, &self.volume);
         }
-        drop(answer);
+        let until = Instant::now() + ROUND_LIMIT;
         let mut refusals = Refusals::new();
-        for (target, found) in answers {
+        while let Some((target, found)) = search.hear(until) {
             match found {
                 Ok((connection, facts)) => {
                     let called = self.learn(&target).into_iter().find(|place| place.primary);
@@ -95,6 +140,7 @@ impl Locator {
                 }
             }
         }
+        self.search = Some(search);
         // Whoever answered may know of others.
         for target in self.targets.clone() {
             if refusals.get(&target.to_string()).is_some_and(|e| matches!(e, NbdError::Refused { .. })) {
@@ -174,5 +220,37 @@ mod tests {
         let refusals = locator.find().unwrap_err();
         assert!(refusals[&nobody.to_string()].is_transient());
         assert_eq!(locator.primary(), None);
+    }
+
+    #[test]
+    fn a_machine_that_says_nothing_does_not_hold_up_the_others() {
+        // Its kernel takes connections, and nobody says a word.
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let refusing = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let at = |listener: &std::net::TcpListener| {
+            let port = listener.local_addr().unwrap().port();
+            Target::Tcp { host: "127.0.0.1".into(), port }
+        };
+        let mut locator = Locator::new("vol0", 1, vec![at(&silent), at(&refusing)]);
+        let (count, counted) = mpsc::channel();
+        thread::spawn(move || {
+            // Each connection is closed at once: the node is starting.
+            refusing.incoming().try_for_each(|connection| {
+                drop(connection);
+                count.send(())
+            })
+        });
+        let (mut asked, mut generations) = (0, BTreeSet::new());
+        while asked < 3 {
+            assert!(locator.find().is_err());
+            asked += counted.try_iter().count();
+            let search = locator.search.as_ref().expect("nobody was found");
+            generations.insert(search.session.generation);
+            assert!(
+                search.asked.contains(&at(&silent).to_string()),
+                "{asked} times only while one was silent"
+            );
+        }
+        assert_eq!(generations.len(), 1, "no attempt ends a connection that another one finds");
     }
 }
