@@ -43,6 +43,17 @@ pub fn keep(name: &str, cluster: Option<&Cluster>, error: &str) -> Result<PathBu
     Ok(dir)
 }
 
+/// Puts what was kept elsewhere, in a machine, beside the rest; the directory.
+///
+/// # Errors
+/// Where either directory fails.
+pub fn keep_tree(name: &str, from: &Path) -> Result<PathBuf> {
+    let dir = target_dir()?.join("evidence").join(name);
+    let mut listing = String::new();
+    copy_tree(from, &dir, &mut listing)?;
+    Ok(dir)
+}
+
 fn copy_tree(from: &Path, to: &Path, listing: &mut String) -> Result<()> {
     fs::create_dir_all(to).with_context(|| format!("make {}", to.display()))?;
     for entry in fs::read_dir(from).with_context(|| format!("list {}", from.display()))? {

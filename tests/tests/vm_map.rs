@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use blkrepl_tests::binary::blkrepl;
 use blkrepl_tests::bits::{Random, fresh_seed};
+use blkrepl_tests::evidence::keep_tree;
 use blkrepl_tests::report::{human, measured, skipped, step};
 use blkrepl_tests::scenario::fail;
 use blkrepl_tests::vm::{DiskKind, Kind, Vm, VmOptions, unavailable};
@@ -65,6 +66,10 @@ fn with_machine(name: &str, body: impl FnOnce(&mut Vm) -> Result<()>) {
         let made = format!("modprobe nbd && mkfs.ext4 -q {disk} && mkdir -p /disk && mount {disk} /disk");
         let result = run_in(&vm, &made, CHECK_LIMIT).and_then(|()| body(&mut vm));
         consoles = vm.consoles();
+        let kept = vm.share().join("evidence");
+        if result.is_err() && kept.exists() {
+            keep_tree(&format!("{name}_machine"), &kept)?;
+        }
         result
     });
     if let Err(reason) = result {

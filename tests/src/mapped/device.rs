@@ -101,6 +101,14 @@ impl Mapped {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Ends the mapping while it is in use: all that waits for it fails.
+    ///
+    /// # Errors
+    /// If it does not end.
+    pub fn give_up(&self) -> Result<()> {
+        run(Command::new(blkrepl()?).args(["unmap", "vol0", "--force"]), LIMIT)?.ok().map(drop)
+    }
+
     /// Ends the mapping; the process ends by itself.
     ///
     /// # Errors

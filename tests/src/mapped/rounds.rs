@@ -12,7 +12,7 @@ use super::{Load, Mapped, MappedFs};
 use crate::cluster::{FAILOVER_LIMIT, SYNC_LIMIT};
 use crate::mount::FileSystem;
 use crate::report::{human, measured, step};
-use crate::{Cluster, ClusterOptions};
+use crate::{Cluster, ClusterOptions, evidence};
 
 const SIZE: u64 = 384 << 20;
 /// Time without a keeper.
@@ -51,26 +51,11 @@ pub fn run(kind: FileSystem, count: u32) -> Result<()> {
     let fs = MappedFs::mount(kind, mapped.device(), at)?;
     let load = Load::start(at, &scratch)?;
     step(&name, "PostgreSQL, SQLite and a writer run on the mapped volume");
-    for fault in FAULTS {
-        let mut pauses = Vec::new();
-        for number in 0..count {
-            load.longest_pause()?;
-            let done = act(fault, number, &mut cluster, &mut mapped);
-            done.with_context(|| format!("{fault:?} {number}; the keeper said: {}", mapped.said()))?;
-            load.wait_progress().with_context(|| format!("{fault:?} {number}: {}", mapped.said()))?;
-            pauses.push(load.longest_pause()?);
-            cluster.wait_in_sync(SYNC_LIMIT)?;
-        }
-        pauses.sort_unstable();
-        let (median, longest) = (pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
-        measured(
-            &name,
-            &format!(
-                "{fault:?} x {count}: pause {} at the median, {} at most",
-                human(median),
-                human(longest)
-            ),
-        );
+    if let Err(reason) = faults(&name, count, &mut cluster, &mut mapped, &load) {
+        // Before anything is ended, and then everything that waits for the device: it would wait for ever.
+        let kept = evidence::keep(&name.replace(' ', "_"), Some(&cluster), &format!("{reason:#}"));
+        mapped.give_up()?;
+        return kept.and(Err(reason));
     }
     let reported = load.end()?;
     fs.check()?;
@@ -79,6 +64,25 @@ pub fn run(kind: FileSystem, count: u32) -> Result<()> {
     cluster.wait_in_sync(SYNC_LIMIT)?;
     cluster.compare_replicas()?;
     measured(&name, &format!("{reported} transactions reported committed, all there; replicas equal"));
+    Ok(())
+}
+
+fn faults(name: &str, count: u32, cluster: &mut Cluster, mapped: &mut Mapped, load: &Load) -> Result<()> {
+    for fault in FAULTS {
+        let mut pauses = Vec::new();
+        for number in 0..count {
+            load.longest_pause()?;
+            let done = act(fault, number, cluster, mapped);
+            done.with_context(|| format!("{fault:?} {number}; the keeper said: {}", mapped.said()))?;
+            load.wait_progress().with_context(|| format!("{fault:?} {number}: {}", mapped.said()))?;
+            pauses.push(load.longest_pause()?);
+            cluster.wait_in_sync(SYNC_LIMIT)?;
+        }
+        pauses.sort_unstable();
+        let (median, longest) = (pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
+        let pauses = format!("pause {} at the median, {} at most", human(median), human(longest));
+        measured(name, &format!("{fault:?} x {count}: {pauses}"));
+    }
     Ok(())
 }
 
