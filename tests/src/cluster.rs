@@ -525,13 +525,12 @@ impl Cluster {
     /// Starts a node that was killed, the way an operator does: `blkrepl serve --config FILE`.
     ///
     /// # Errors
-    /// If it cannot be started, or `cluster.json` does not show the new pid within two seconds (the
-    /// promise is one).
+    /// If it cannot be started, or `cluster.json` does not show the new pid.
     pub fn restart(&mut self, node: &str) -> Result<()> {
         let entry = self.node(node)?;
         let pid = self.spawn_node(&entry)?;
         if !self.options.by_hand {
-            wait_for("the new pid in cluster.json", Duration::from_secs(2), || {
+            wait_for("the new pid in cluster.json", START_LIMIT, || {
                 let shown = self.node(node)?.pid;
                 ensure!(shown == Some(pid), "cluster.json shows pid {shown:?} for {node}, it is {pid}");
                 Ok(())
