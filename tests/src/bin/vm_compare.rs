@@ -17,8 +17,8 @@ use anyhow::{Context, Result, bail, ensure};
 use blkrepl_tests::vm::Kind;
 use blkrepl_tests::vm_compare::{Options, PARTS, compare, writer};
 
-const USAGE: &str =
-    "vm_compare [--kind uml|qemu] [--seconds N] [--rounds N] [--size MIB] [--only NAME]... [--quick]";
+const USAGE: &str = "vm_compare [--kind uml|qemu] [--seconds N] [--rounds N] [--size MIB] [--only NAME]... \
+                     [--part loads|faults|resyncs]... [--quick]";
 
 fn parse(args: &[String]) -> Result<Options> {
     let mut options = Options {
