@@ -1,5 +1,5 @@
 //! What the benches share, and the programs that measure blkrepl: [`floor`], [`compare`], [`connections`],
-//! [`fair`] and [`scale`]; [`cores`] are what the bench of pieces drives.
+//! [`fair`], [`scale`] and [`ways`]; [`cores`] are what the bench of pieces drives.
 //!
 //! Here: a cluster of real processes with one volume on two nodes and one on a single node, the loads of the
 //! criterion benches, and the table of their results. The volume with one replica runs the same code with
@@ -11,6 +11,7 @@ pub mod cores;
 pub mod fair;
 pub mod floor;
 pub mod scale;
+pub mod ways;
 
 use std::process::ExitCode;
 use std::time::Duration;
