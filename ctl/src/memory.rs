@@ -8,7 +8,8 @@
 //! Best effort: without the privilege the process runs on, and says once what is missing.
 
 use rustix::mm::{MlockAllFlags, mlockall};
-use rustix::process::configure_io_flusher_behavior;
+use rustix::process::{Resource, configure_io_flusher_behavior, getrlimit};
+use rustix::thread::{CapabilitySet, capabilities};
 
 /// Prepares the process. To be called while it has one thread: the others inherit it.
 pub fn hold_for_block_io() {
@@ -19,12 +20,22 @@ pub fn hold_for_block_io() {
              maps the volume"
         );
     }
+    if !may_lock_all() {
+        tracing::info!(
+            "memory is not locked; raise the limit (LimitMEMLOCK=infinity, ulimit -l unlimited), where this machine \
+             also maps the volume"
+        );
+        return;
+    }
     // On fault: what is reserved and never used takes no memory.
     let flags = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
     if let Err(error) = mlockall(flags) {
-        tracing::info!(
-            "memory is not locked ({error}); raise the limit (LimitMEMLOCK=infinity, ulimit -l), where this machine \
-             also maps the volume"
-        );
+        tracing::info!("memory is not locked: {error}");
     }
+}
+
+/// Without a limit. Under one, which also counts what is reserved and never used, a later mapping would fail.
+fn may_lock_all() -> bool {
+    let privileged = capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::IPC_LOCK));
+    privileged || getrlimit(Resource::Memlock).current.is_none()
 }
