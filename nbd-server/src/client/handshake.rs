@@ -18,6 +18,8 @@ use crate::uri::Target;
 const REPLY_BYTES_MAX: u32 = 16 << 10;
 /// Most replies to one option; a server that gives more is broken.
 const REPLIES_MAX: u32 = 65536;
+/// Most nodes of a cluster that a server may name.
+const PLACES_MAX: u32 = 64;
 
 /// What the server said about an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +39,7 @@ pub struct ExportFacts {
 /// # Errors
 /// What went wrong on the way.
 pub fn list_exports(target: &Target, options: ClientOptions) -> Result<Vec<String>, NbdError> {
-    let listed = ask_list(target, proto::NBD_OPT_LIST, &[], options)?;
+    let listed = ask_list(target, proto::NBD_OPT_LIST, &[], REPLIES_MAX, options)?;
     Ok(listed.into_iter().map(|(name, _)| name).collect())
 }
 
@@ -46,16 +48,17 @@ pub fn list_exports(target: &Target, options: ClientOptions) -> Result<Vec<Strin
 /// # Errors
 /// What went wrong on the way; also if the server is not one of blkrepl.
 pub fn places(target: &Target, volume: &str, options: ClientOptions) -> Result<Vec<Place>, NbdError> {
-    let listed = ask_list(target, proto::NBD_OPT_BLKREPL_NODES, volume.as_bytes(), options)?;
+    let listed = ask_list(target, proto::NBD_OPT_BLKREPL_NODES, volume.as_bytes(), PLACES_MAX, options)?;
     let place = |(address, details): (String, Vec<u8>)| Place { address, primary: details == [1] };
     Ok(listed.into_iter().map(place).collect())
 }
 
-/// Sends one option that is answered by a list: of names, and details.
+/// Sends one option that is answered by a list, of `most` entries at most: of names, and details.
 fn ask_list(
     target: &Target,
     wanted: u32,
     data: &[u8],
+    most: u32,
     options: ClientOptions,
 ) -> Result<Vec<(String, Vec<u8>)>, NbdError> {
     let deadline = super::deadline_after(options.connect_timeout);
@@ -63,7 +66,7 @@ fn ask_list(
     greet(&sock, deadline)?;
     sock.send_all(&option(wanted, data), deadline)?;
     let mut listed = Vec::new();
-    for _ in 0..REPLIES_MAX {
+    for _ in 0..=most {
         let (reply, data) = receive_reply(&sock, wanted, deadline)?;
         match reply {
             proto::NBD_REP_ACK => {
@@ -75,7 +78,7 @@ fn ask_list(
             other => return Err(NbdError::Protocol(format!("option reply {other:#x} to option {wanted}"))),
         }
     }
-    Err(NbdError::Protocol(format!("option {wanted} is answered without end")))
+    Err(NbdError::Protocol(format!("option {wanted} is answered by more than {most} entries")))
 }
 
 /// Negotiates up to the transmission phase.

@@ -1,6 +1,6 @@
 //! A small NBD client: blocking calls, and a pipelined interface under them.
 //!
-//! For tests, the demo and the benches. It runs on the calling thread, starts none, and waits only in
+//! For `blkrepl map` and `bench`, the demo and the tests. It runs on the calling thread, starts none, and waits only in
 //! poll(2), always with a deadline. While it waits for room to send it takes in replies, so that two full
 //! sockets never wait for each other.
 //!
@@ -177,7 +177,7 @@ struct Reading {
 /// # Errors
 /// As [`NbdClient::connect`].
 pub fn connect_raw(uri: &NbdUri, options: ClientOptions) -> Result<(OwnedFd, ExportFacts), NbdError> {
-    let (sock, facts) = open(uri, options)?;
+    let (sock, facts) = open(uri, None, options)?;
     Ok((sock.into_fd(), facts))
 }
 
@@ -190,16 +190,18 @@ pub fn connect_session(
     session: ClientSession,
     options: ClientOptions,
 ) -> Result<(OwnedFd, ExportFacts), NbdError> {
-    let deadline = deadline_after(options.connect_timeout);
-    let sock = Sock::connect(&uri.target, deadline)?;
-    let facts = handshake::go(&sock, &uri.export, Some(session), deadline)?;
+    let (sock, facts) = open(uri, Some(session), options)?;
     Ok((sock.into_fd(), facts))
 }
 
-fn open(uri: &NbdUri, options: ClientOptions) -> Result<(Sock, ExportFacts), NbdError> {
+fn open(
+    uri: &NbdUri,
+    session: Option<ClientSession>,
+    options: ClientOptions,
+) -> Result<(Sock, ExportFacts), NbdError> {
     let deadline = deadline_after(options.connect_timeout);
     let sock = Sock::connect(&uri.target, deadline)?;
-    let facts = handshake::go(&sock, &uri.export, None, deadline)?;
+    let facts = handshake::go(&sock, &uri.export, session, deadline)?;
     Ok((sock, facts))
 }
 
@@ -210,7 +212,7 @@ impl NbdClient {
     /// [`NbdError::Refused`] with the server's text if it does not serve the export; otherwise what went
     /// wrong on the way.
     pub fn connect(uri: &NbdUri, options: ClientOptions) -> Result<Self, NbdError> {
-        let (sock, facts) = open(uri, options)?;
+        let (sock, facts) = open(uri, None, options)?;
         Ok(Self {
             sock,
             facts,
