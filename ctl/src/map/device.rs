@@ -6,11 +6,12 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::config::check_name;
 
@@ -92,15 +93,28 @@ pub fn parse_node(text: &str) -> Result<u32, String> {
 }
 
 /// What a device shows; `None` if it is none of ours.
-pub fn identity(index: u32) -> Option<Identity> {
-    fs::read_to_string(sysfs(index).join("backend")).ok()?.trim().parse().ok()
+///
+/// # Errors
+/// sysfs cannot be read: that says nothing of the device.
+pub fn identity(index: u32) -> io::Result<Option<Identity>> {
+    match fs::read_to_string(sysfs(index).join("backend")) {
+        Ok(text) => Ok(text.trim().parse().ok()),
+        // The device, or its backend, went while it was read.
+        Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// What sysfs says of a device, if it shows a volume.
-pub fn mapped(index: u32) -> Option<Mapped> {
+///
+/// # Errors
+/// As [`identity`].
+pub fn mapped(index: u32) -> io::Result<Option<Mapped>> {
+    let Some(identity) = identity(index)? else { return Ok(None) };
     let number = |name: &str| fs::read_to_string(sysfs(index).join(name)).ok()?.trim().parse::<u64>().ok();
-    let block_size = u32::try_from(number("queue/logical_block_size")?).ok()?;
-    Some(Mapped { index, identity: identity(index)?, size: number("size")? * SECTOR, block_size })
+    let block_size = number("queue/logical_block_size").and_then(|size| u32::try_from(size).ok());
+    let size = number("size").map(|sectors| sectors * SECTOR);
+    Ok(size.zip(block_size).map(|(size, block_size)| Mapped { index, identity, size, block_size }))
 }
 
 /// All devices that show volumes, by number.
@@ -113,7 +127,8 @@ pub fn all() -> Result<Vec<Mapped>> {
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_prefix("nbd")?.parse().ok())
         .collect();
     indexes.sort_unstable();
-    Ok(indexes.into_iter().filter_map(mapped).collect())
+    let devices = indexes.into_iter().filter_map(|index| mapped(index).transpose());
+    devices.collect::<io::Result<_>>().context("look at the NBD devices in /sys/block")
 }
 
 /// The device that shows a volume; `which` is its name or the device.
@@ -138,6 +153,7 @@ pub fn user(device: &Mapped) -> Option<String> {
     let numbers = device_numbers(&sysfs(device.index));
     mounted(&numbers)
         .or_else(|| built_on(device.index))
+        .or_else(|| loop_device(&device.node()))
         .or_else(|| swap(&device.node()))
         .or_else(|| opener(&numbers))
 }
@@ -181,11 +197,30 @@ fn mounted(numbers: &[String]) -> Option<String> {
     None
 }
 
-/// What the kernel has built on it: device mapper, md.
+/// What the kernel has built on it: device mapper, md; btrfs, whose mounts bear a number of their own.
 fn built_on(index: u32) -> Option<String> {
     let holders = |place: PathBuf| fs::read_dir(place.join("holders")).into_iter().flatten();
-    let holder = places(&sysfs(index)).flat_map(holders).next()?;
-    Some(format!("{} is built on it", holder.ok()?.file_name().to_string_lossy()))
+    if let Some(Ok(holder)) = places(&sysfs(index)).flat_map(holders).next() {
+        return Some(format!("{} is built on it", holder.file_name().to_string_lossy()));
+    }
+    let names: Vec<_> =
+        places(&sysfs(index)).filter_map(|place| Some(place.file_name()?.to_owned())).collect();
+    let systems = fs::read_dir("/sys/fs/btrfs").into_iter().flatten().filter_map(Result::ok);
+    let mut devices = systems.map(|system| system.path().join("devices"));
+    let on_it = devices.any(|devices| names.iter().any(|name| devices.join(name).exists()));
+    on_it.then(|| "a mounted btrfs is on it".to_owned())
+}
+
+/// A loop device that shows it, or a part of it: the kernel has it open then, and no process.
+fn loop_device(node: &Path) -> Option<String> {
+    let devices = fs::read_dir("/sys/block").ok()?.filter_map(Result::ok);
+    let shows = |device: &fs::DirEntry| {
+        let backing = fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
+        let rest = backing.trim_end().strip_prefix(&*node.to_string_lossy());
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('p'))
+    };
+    let found = devices.into_iter().find(shows)?;
+    Some(format!("/dev/{} shows it", found.file_name().to_string_lossy()))
 }
 
 fn swap(node: &Path) -> Option<String> {

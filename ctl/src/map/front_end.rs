@@ -28,7 +28,10 @@ pub trait FrontEnd {
     fn identity(&self) -> &Identity;
 
     /// It is there, and shows what it did.
-    fn is_there(&self) -> bool;
+    ///
+    /// # Errors
+    /// That cannot be told.
+    fn is_there(&self) -> io::Result<bool>;
 
     /// What it has done; `None` if that cannot be told.
     fn progress(&self) -> Option<Progress>;
@@ -43,8 +46,8 @@ pub trait FrontEnd {
     /// The device is gone, or does not take them.
     fn replace(&mut self, resize: Option<(u64, u32)>, connection: &OwnedFd) -> io::Result<()>;
 
-    /// Waits until a connection has died, at most so long; says whether one has. That may be one whose place was taken
-    /// since.
+    /// Waits for so long, or until a connection of the device has died; says whether one has. That may be one whose
+    /// place was taken since.
     ///
     /// # Errors
     /// It cannot be told any more.
@@ -67,9 +70,9 @@ impl FrontEnd for KernelDevice {
         &self.identity
     }
 
-    fn is_there(&self) -> bool {
-        device::identity(self.index).as_ref() == Some(&self.identity)
-            && !record::has_ended(Path::new(record::RUN_DIR), &self.identity)
+    fn is_there(&self) -> io::Result<bool> {
+        let shows = device::identity(self.index)?.as_ref() == Some(&self.identity);
+        Ok(shows && !record::has_ended(Path::new(record::RUN_DIR), &self.identity))
     }
 
     fn progress(&self) -> Option<Progress> {
@@ -81,7 +84,7 @@ impl FrontEnd for KernelDevice {
     }
 
     fn size(&self) -> Option<(u64, u32)> {
-        device::mapped(self.index).map(|m| (m.size, m.block_size))
+        device::mapped(self.index).ok()?.map(|m| (m.size, m.block_size))
     }
 
     fn replace(&mut self, resize: Option<(u64, u32)>, connection: &OwnedFd) -> io::Result<()> {

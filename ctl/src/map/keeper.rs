@@ -10,6 +10,7 @@
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use blkrepl_nbd::{ExportFacts, Target};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -92,12 +93,12 @@ impl<'a, F: FrontEnd> Keeper<'a, F> {
     /// # Errors
     /// The device cannot be watched any more.
     pub fn keep(mut self, interrupt: &Interrupt) -> anyhow::Result<Ending> {
-        // What an earlier keeper did not tell has to be found out; a connection that died unheard shows in requests
-        // that do not go on.
-        let mut dead = self.held.is_none() && self.recorder.last().primary.is_none();
-        let mut lost = dead;
+        // A connection that an earlier keeper gave can neither be looked at nor ended: it may be dead, or its node may
+        // hang. So the device gets another one.
+        let mut lost = self.held.is_none();
+        let mut dead = lost && self.recorder.last().primary.is_none();
         loop {
-            if !self.front.is_there() {
+            if !self.front.is_there().context("look at the device")? {
                 return Ok(Ending::Unmapped);
             }
             if interrupt.is_set() {
@@ -123,7 +124,7 @@ impl<'a, F: FrontEnd> Keeper<'a, F> {
         let mut pause = SEARCH_PAUSE.0;
         let mut told: Option<Instant> = None;
         self.recorder.searching();
-        while self.front.is_there() && !interrupt.is_set() {
+        while self.front.is_there().context("look at the device")? && !interrupt.is_set() {
             let reason = match self.locator.find() {
                 Ok(found) => match self.take(found, dead) {
                     Ok(()) => {
@@ -191,18 +192,15 @@ impl<'a, F: FrontEnd> Keeper<'a, F> {
         self.contradicted >= 2
     }
 
-    /// Whether the device has no connection any more. `told`: it says that one has died.
+    /// Whether the device has no connection any more. `told`: it says that one has died; which one it does not say, and
+    /// it may say so late, after another one was to take its place.
     ///
-    /// Which one it does not say, and it may say so late: after another one was to take its place. That one it has not
-    /// taken if the death had not reached it by then.
+    /// The connection itself tells. Who takes a live one for dead gives it up, which is told, and so on without end.
     fn is_dead(&mut self, told: bool) -> bool {
         let Some(held) = &self.held else { return told };
-        if has_ended(held) {
-            return true;
-        }
-        // Changes nothing where the device has it already. Who takes a live connection for dead here gives it up, which
-        // is told, and so on without end.
-        told && self.front.replace(None, held).is_err()
+        // The device may not have taken it: the death of the one before had not reached it by then. Where it has, this
+        // changes nothing.
+        has_ended(held) || self.front.replace(None, held).is_err()
     }
 
     /// Ends the connection that the device may still have, and waits until the kernel has noticed. The primary ends it

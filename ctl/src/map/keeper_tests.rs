@@ -185,10 +185,10 @@ impl FrontEnd for Counted {
         &self.identity
     }
 
-    fn is_there(&self) -> bool {
+    fn is_there(&self) -> io::Result<bool> {
         let mut state = self.state.lock().unwrap();
         state.looks += 1;
-        !state.gone
+        Ok(!state.gone)
     }
 
     fn progress(&self) -> Option<Progress> {
@@ -224,19 +224,34 @@ impl FrontEnd for Counted {
     }
 }
 
-/// A keeper at work on a device that was made on the first node, until `body` has seen enough.
+/// A keeper at work on a device that it made on the first node, until `body` has seen enough.
 fn with_keeper(cluster: &Cluster, body: impl FnOnce(&Mutex<State>, &std::path::Path)) -> Ending {
+    with_keeper_of(cluster, true, body)
+}
+
+/// The same; where the device is not `new`, an earlier keeper made it, and has ended.
+fn with_keeper_of(
+    cluster: &Cluster,
+    new: bool,
+    body: impl FnOnce(&Mutex<State>, &std::path::Path),
+) -> Ending {
     let dir = tempfile::tempdir().unwrap();
     let identity = Identity { volume: "vol0".into(), lineage: LINEAGE, session: 1 };
     let state = Arc::new(Mutex::new(State::default()));
     let mut front = Counted { identity, state: Arc::clone(&state) };
     let mut locator = Locator::new("vol0", 1, cluster.targets.clone());
-    let recorder = Recorder::new(dir.path(), "vol0");
+    let mut recorder = Recorder::new(dir.path(), "vol0");
     let found = locator.find().unwrap();
     state.lock().unwrap().connection = Some(found.connection.try_clone().unwrap());
     thread::scope(|scope| {
         let keeping = scope.spawn(move || {
-            let keeper = Keeper::of_new(&mut front, locator, recorder, found);
+            let keeper = if new {
+                Keeper::of_new(&mut front, locator, recorder, found)
+            } else {
+                recorder.connected(&found.target, found.called.as_ref());
+                drop(found);
+                Keeper::of_old(&mut front, locator, recorder)
+            };
             keeper.keep(&Interrupt::default()).unwrap()
         });
         let seen = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| body(&state, dir.path())));
@@ -302,6 +317,22 @@ fn a_node_with_two_addresses_does_not_replace_its_own_connection() {
 }
 
 #[test]
+fn a_device_of_an_earlier_keeper_gets_a_connection_that_can_be_looked_at() {
+    // Nothing is in flight, and nobody tells of a death: it may have been told to the earlier one.
+    for dies in [false, true] {
+        let cluster = Cluster::new(1);
+        with_keeper_of(&cluster, false, |state, _| {
+            if dies {
+                state.lock().unwrap().connection = None;
+            }
+            eventually("it gets another one", || replaced(state) == 1);
+            look_on(state, 3);
+            assert_eq!((replaced(state), cluster.served()), (1, vec![2]));
+        });
+    }
+}
+
+#[test]
 fn a_death_that_is_told_late_ends_no_connection() {
     let cluster = Cluster::new(1);
     with_keeper(&cluster, |state, _| {
@@ -321,9 +352,7 @@ fn a_device_that_noticed_a_death_too_late_gets_the_connection_again() {
         eventually("it goes on", || replaced(state) == 1);
         {
             // It took no notice of the connection that it was given: its old one had not died for it.
-            let mut state = state.lock().unwrap();
-            state.connection = None;
-            state.deaths.push_back(());
+            state.lock().unwrap().connection = None;
         }
         eventually("it is given to it again", || replaced(state) == 2);
         look_on(state, 3);

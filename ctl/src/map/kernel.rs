@@ -12,7 +12,7 @@
 //! - With several sockets it gives up the socket of a slow request, and sends it again on another one at once,
 //!   while the first copy may still arrive: so a device has one (docs/decisions/map.md).
 //! - Without a dead-connection time-out all requests fail as soon as no socket is left.
-//! - A reconfiguration takes the place of a dead socket; it closes what it is given if there is none, and says nothing.
+//! - A reconfiguration takes the place of a dead socket; it leaves what it is given if there is none, and says nothing.
 //! - Death of a socket is told once, with the device's number only, and by a work item: perhaps after a
 //!   reconfiguration.
 //! - A device that was made by ioctl (as old releases of `nbd-client` do) cannot be driven by netlink, nor the
@@ -22,7 +22,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
@@ -35,9 +35,6 @@ const REPLAY_AFTER: Duration = Duration::from_millis(500);
 const REQUEST_KIB_MAX: u32 = 1024;
 /// "For ever", as long as the kernel can count.
 const DEAD_LIMIT_NONE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-
-/// How long nothing is looked at where the kernel's word cannot be heard.
-const DEAF_PAUSE: Duration = Duration::from_millis(250);
 
 /// Longest time that udev may take to name a new device.
 const NAMES_LIMIT: Duration = Duration::from_secs(10);
@@ -124,7 +121,7 @@ impl KernelNbd {
         let answer = self.requests.ask(CONNECT, &attributes).map_err(|error| refused(index, &error))?;
         let index = answer.and_then(|answer| number(&answer, INDEX));
         let index = index.context("the kernel made an NBD device and does not say which")?;
-        if device::identity(index).as_ref() != Some(&shape.identity) {
+        if device::identity(index).ok().flatten().as_ref() != Some(&shape.identity) {
             let _given_back = self.disconnect(index);
             bail!("this kernel's NBD devices do not say what they show (Linux 5.14 or later is needed)");
         }
@@ -133,7 +130,7 @@ impl KernelNbd {
         Ok(index)
     }
 
-    /// Puts a connection in the place of the dead one, and sets the size. If that one lives, the new one is closed.
+    /// Puts a connection in the place of the dead one, and sets the size. If that one lives, nothing changes.
     ///
     /// # Errors
     /// The kernel's: the device is gone, or shows something else.
@@ -162,22 +159,31 @@ impl KernelNbd {
         self.requests.ask(DISCONNECT, &Attributes::default().u32(INDEX, index)).map(drop)
     }
 
-    /// Waits until the connection of the device has died, at most so long; says whether one has.
+    /// Waits for so long, or until a connection of the device has died; says whether one has.
     ///
     /// # Errors
     /// The kernel's.
     pub fn wait_dead(&mut self, index: u32, limit: Duration) -> io::Result<bool> {
         let Some(events) = &mut self.events else {
-            std::thread::sleep(limit.min(DEAF_PAUSE));
+            std::thread::sleep(limit);
             return Ok(false);
         };
-        match events.hear(limit) {
-            Ok(told) => {
-                Ok(told.iter().any(|(c, what)| *c == LINK_DEAD && number(what, INDEX) == Some(index)))
+        let end = Instant::now() + limit;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match events.hear(left) {
+                Ok(told) => {
+                    if told.iter().any(|(c, what)| *c == LINK_DEAD && number(what, INDEX) == Some(index)) {
+                        return Ok(true);
+                    }
+                }
+                // Something was not heard: it may have been that.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Ok(true),
+                Err(error) => return Err(error),
             }
-            // Something was not heard: it may have been that.
-            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Ok(true),
-            Err(error) => Err(error),
+            if left.is_zero() {
+                return Ok(false);
+            }
         }
     }
 }
@@ -209,13 +215,20 @@ fn load_module() {
     }
 }
 
-/// Settings that netlink has no attribute for. Without them the device works, and is slower.
-fn tune(index: u32) {
+/// Settings that netlink has no attribute for, unless they were made. Without them the device works, and is slower.
+pub fn tune(index: u32) {
+    let last = ("queue/io_timeout", REPLAY_AFTER.as_millis().to_string());
+    let is_set = |(name, value): &(&str, String)| {
+        std::fs::read_to_string(device::sysfs(index).join(name)).is_ok_and(|text| text.trim() == value)
+    };
+    if is_set(&last) {
+        return;
+    }
     for (name, value) in [
-        ("queue/io_timeout", REPLAY_AFTER.as_millis().to_string()),
         ("queue/max_sectors_kb", REQUEST_KIB_MAX.to_string()),
         // What stands in `backend` was not there yet when the kernel told udev of the device.
         ("uevent", "change".to_owned()),
+        last,
     ] {
         let path = device::sysfs(index).join(name);
         if let Err(error) = std::fs::write(&path, &value) {

@@ -102,6 +102,8 @@ pub struct Locator {
     session: u128,
     targets: Vec<Target>,
     search: Option<Search>,
+    /// The answer of the node that was asked last who is primary.
+    opinion: Option<mpsc::Receiver<Vec<Place>>>,
     /// Whose turn it is to be asked who is primary.
     turn: usize,
 }
@@ -109,7 +111,7 @@ pub struct Locator {
 impl Locator {
     /// `seeds`: nodes of the cluster, in the order of preference; a unix socket is a node of this machine.
     pub fn new(volume: &str, session: u128, seeds: Vec<Target>) -> Self {
-        Self { volume: volume.to_owned(), session, targets: seeds, search: None, turn: 0 }
+        Self { volume: volume.to_owned(), session, targets: seeds, search: None, opinion: None, turn: 0 }
     }
 
     fn options() -> ClientOptions {
@@ -120,7 +122,7 @@ impl Locator {
     /// with that.
     ///
     /// # Errors
-    /// What each node said; one that says nothing is left out until its attempt has failed.
+    /// What each node said, or that it has not answered yet.
     pub fn find(&mut self) -> Result<Found, Refusals> {
         let mut search = self.search.take().unwrap_or_else(|| Search::new(self.session));
         for target in &self.targets {
@@ -140,6 +142,9 @@ impl Locator {
                 }
             }
         }
+        for silent in &search.asked {
+            refusals.insert(silent.clone(), NbdError::TimedOut("an answer"));
+        }
         self.search = Some(search);
         // Whoever answered may know of others.
         for target in self.targets.clone() {
@@ -150,29 +155,53 @@ impl Locator {
         Err(refusals)
     }
 
-    /// Who is primary, as one of the nodes sees it, another one each time; `None` if it does not answer.
+    /// Who is primary, as one of the nodes saw it when this was called last, another one each time; `None` if it has
+    /// not answered. Never waits: the next one is asked meanwhile.
     pub fn primary(&mut self) -> Option<Target> {
+        let answer = match self.opinion.as_ref().map(mpsc::Receiver::try_recv) {
+            Some(Err(mpsc::TryRecvError::Empty)) => return None,
+            Some(Ok(known)) => known,
+            Some(Err(mpsc::TryRecvError::Disconnected)) | None => Vec::new(),
+        };
+        self.note(&answer);
         self.turn = (self.turn + 1) % self.targets.len().max(1);
         let asked = self.targets.get(self.turn)?.clone();
-        let primary = self.learn(&asked).into_iter().find(|place| place.primary)?;
-        target_of(&primary.address)
+        let (tell, told) = mpsc::channel();
+        let volume = self.volume.clone();
+        let ask = move || {
+            // Nobody listens any more when the keeper has ended.
+            let _unheard = tell.send(ask_places(&asked, &volume));
+        };
+        match thread::Builder::new().name("opinion".into()).spawn(ask) {
+            Ok(_) => self.opinion = Some(told),
+            Err(error) => tracing::warn!("cannot start a thread to ask a node: {error}"),
+        }
+        target_of(&answer.into_iter().find(|place| place.primary)?.address)
     }
 
     /// Asks a node which nodes have the volume.
     fn learn(&mut self, target: &Target) -> Vec<Place> {
-        let known = places(target, &self.volume, Self::options()).unwrap_or_else(|error| {
-            tracing::debug!("{target} does not say where volume {} is: {error}", self.volume);
-            Vec::new()
-        });
-        for place in &known {
-            let Some(target) = target_of(&place.address) else { continue };
+        let known = ask_places(target, &self.volume);
+        self.note(&known);
+        known
+    }
+
+    fn note(&mut self, known: &[Place]) {
+        for target in known.iter().filter_map(|place| target_of(&place.address)) {
             if !self.targets.contains(&target) && self.targets.len() < ADDRESSES_MAX {
                 tracing::info!("learnt that volume {} may be at {target}", self.volume);
                 self.targets.push(target);
             }
         }
-        known
     }
+}
+
+/// Which nodes have the volume, as a node sees it; none if it does not say.
+fn ask_places(target: &Target, volume: &str) -> Vec<Place> {
+    places(target, volume, Locator::options()).unwrap_or_else(|error| {
+        tracing::debug!("{target} does not say where volume {volume} is: {error}");
+        Vec::new()
+    })
 }
 
 /// The server at `HOST:PORT`.

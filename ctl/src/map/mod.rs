@@ -84,7 +84,12 @@ fn existing(args: &MapArgs) -> Result<Option<Mapped>> {
     };
     if record::has_ended(Path::new(RUN_DIR), &mapped.identity) {
         let user = device::user(&mapped).unwrap_or_else(|| "something has it open".to_owned());
-        bail!("{} was unmapped while in use, and still is: {user}; end that first", mapped.node().display());
+        bail!(
+            "{} was unmapped while in use, and still is: {user}; end that first, then `blkrepl unmap {}` if it is \
+             still there",
+            mapped.node().display(),
+            args.volume
+        );
     }
     if args.device.is_some_and(|wanted| wanted != mapped.index) {
         bail!("volume {} is mapped as {} already; unmap it first", args.volume, mapped.node().display());
@@ -101,6 +106,8 @@ fn take_over(
     interrupt: &Interrupt,
 ) -> Result<Ending> {
     let Mapped { index, identity, .. } = mapped;
+    // The earlier one may have ended before it was done.
+    kernel::tune(index);
     announce(&identity.volume, index);
     let locator = Locator::new(&identity.volume, identity.session, seeds);
     let mut front = KernelDevice { kernel, index, identity };
@@ -203,9 +210,10 @@ pub fn unmap(args: &UnmapArgs) -> Result<Unmapped> {
     let dir = Path::new(RUN_DIR);
     // Before the end, so that nobody goes on with it meanwhile.
     record::note_end(dir, &mapped.identity)?;
-    KernelNbd::open()?
-        .disconnect(mapped.index)
-        .with_context(|| format!("cannot unmap {}", node.display()))?;
+    if let Err(error) = KernelNbd::open().and_then(|mut kernel| Ok(kernel.disconnect(mapped.index)?)) {
+        record::forget_end(dir, &mapped.identity.volume);
+        return Err(error.context(format!("cannot unmap {}", node.display())));
+    }
     record::forget(dir, &mapped.identity.volume);
     let text = format!("volume {} is no longer mapped as {}", mapped.identity.volume, node.display());
     Ok(Unmapped { volume: mapped.identity.volume, device: node, text })
@@ -299,6 +307,7 @@ pub fn table(all: &[MappedView]) -> String {
 /// It shows none.
 pub fn volume_of(name: &str) -> Result<String> {
     let index = device::parse_node(&format!("/dev/{name}")).map_err(anyhow::Error::msg)?;
-    let identity = device::identity(index).with_context(|| format!("{name} shows no volume"))?;
+    let identity = device::identity(index).with_context(|| format!("look at {name}"))?;
+    let identity = identity.with_context(|| format!("{name} shows no volume"))?;
     Ok(identity.volume)
 }

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 
-/// Longest time that the kernel may take for an answer: the end of a device waits for what it has in flight.
+/// Longest time that the kernel may take for an answer, once it has taken the request.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// Longest message of the kernel: the list of all devices of a machine fits, some thousands of them.
 const MESSAGE_BYTES_MAX: usize = 256 << 10;

@@ -155,6 +155,13 @@ pub fn has_ended(dir: &Path, identity: &Identity) -> bool {
     std::fs::read_to_string(end_of(dir, &identity.volume)).is_ok_and(|text| text == identity.to_string())
 }
 
+/// Forgets that it was ended: it was not.
+pub fn forget_end(dir: &Path, volume: &str) {
+    if let Err(error) = std::fs::remove_file(end_of(dir, volume)) {
+        tracing::warn!("cannot remove {}: {error}", end_of(dir, volume).display());
+    }
+}
+
 fn end_of(dir: &Path, volume: &str) -> PathBuf {
     dir.join(format!("{volume}.ended"))
 }

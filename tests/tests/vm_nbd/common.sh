@@ -88,6 +88,13 @@ in_sync() {
 primary_of() { blkrepl --admin "$home/$1/admin.sock" status --json | jq -r '.volumes[0].primary'; }
 has_primary() { [[ $(primary_of n3) == n* ]]; }
 
+# Closes all connections of the client with what is unanswered, and keeps it out for a while.
+try_to_cut() {
+    local client
+    client=$(blkrepl --admin "$home/n3/admin.sock" status --json | jq -r '.volumes[0].attached')
+    [[ $client == n* ]] && timeout 10 blkrepl --admin "$home/n3/admin.sock" detach $volume --client "$client"
+}
+
 end_cluster() {
     kill -TERM "$dev"
     wait "$dev" || die "blkrepl dev: exit code $?: $(cat /root/dev.log)"

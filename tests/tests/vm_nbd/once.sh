@@ -44,13 +44,7 @@ blink_primary() {
     tick
     kill -CONT "$pid"
 }
-# All connections of the client are closed with what is unanswered, and it is kept out for a while.
 cut_connections() { within 20 try_to_cut; }
-try_to_cut() {
-    local client
-    client=$(blkrepl --admin "$home/n3/admin.sock" status --json | jq -r '.volumes[0].attached')
-    [[ $client == n* ]] && timeout 10 blkrepl --admin "$home/n3/admin.sock" detach $volume --client "$client"
-}
 kill_keeper() {
     kill -KILL "$keeper"
     wait "$keeper" || true

@@ -43,6 +43,23 @@ mounted_device() {
     refused "process $user (sleep)" blkrepl unmap $volume
     kill $user
     wait $user || true
+    # Neither mounted nor open in a process.
+    local loop
+    loop=$(losetup --find --show $device)
+    refused "$loop shows it" blkrepl unmap $volume
+    losetup -d "$loop"
+    unmap >/dev/null
+}
+
+# The connection of an idle device dies while nobody keeps it: the kernel tells that once, and nobody hears it.
+idle() {
+    map
+    : <$device
+    kill -KILL "$keeper"
+    wait "$keeper" || true
+    within 20 try_to_cut
+    map
+    quick 20 dd if=/dev/zero of=$device bs=4k count=1 oflag=direct status=none
     unmap >/dev/null
 }
 
@@ -183,8 +200,8 @@ without_module() {
 
 run_cases() {
     local case
-    for case in unknown twice mounted_device 'without_nodes fresh' 'without_nodes open' mounted_without_nodes gives_up \
-        other_lineage without_module; do
+    for case in unknown twice mounted_device idle 'without_nodes fresh' 'without_nodes open' mounted_without_nodes \
+        gives_up other_lineage without_module; do
         local begun=$SECONDS
         $case
         kernel_is_well
