@@ -179,6 +179,11 @@ pub fn seconds(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| format!("not a number of seconds above 0 and up to {}", TIME_MAX.as_secs()))
 }
 
+/// Whether a name is among those that were asked for: it has one of the words in it, or there are none.
+pub(crate) fn is_chosen(name: &str, only: &[impl AsRef<str>]) -> bool {
+    only.is_empty() || only.iter().any(|word| name.contains(word.as_ref()))
+}
+
 /// How a program that measures ends; the reason of a failure goes to standard error.
 #[must_use]
 pub fn exit_code(program: &str, result: Result<()>) -> ExitCode {

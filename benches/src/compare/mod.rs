@@ -159,7 +159,7 @@ fn chosen_jobs(only: &[String]) -> Vec<NamedJob> {
 fn is_wanted(name: &str, only: &[String]) -> bool {
     let names_servers = |word: &&String| subject::names().any(|known| known.contains(word.as_str()));
     let words: Vec<&String> = only.iter().filter(names_servers).collect();
-    words.is_empty() || words.iter().any(|word| name.contains(word.as_str()))
+    crate::is_chosen(name, &words)
 }
 
 fn start_all(dir: &TempDir, options: &CompareOptions) -> Vec<Subject> {

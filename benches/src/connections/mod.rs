@@ -92,7 +92,7 @@ fn heading(place: Place, options: &ConnectionsOptions) -> String {
 
 /// The cases of the parts that were asked for and can be measured here.
 fn chosen_cases(only: &[String]) -> Result<Vec<Case>> {
-    let is_wanted = |part: &Part| only.is_empty() || only.iter().any(|word| part.word().contains(word));
+    let is_wanted = |part: &Part| crate::is_chosen(part.word(), only);
     let known: Vec<_> = parts().collect();
     ensure!(
         Part::ALL.iter().any(is_wanted),

@@ -78,8 +78,7 @@ pub fn parts() -> impl Iterator<Item = &'static str> {
 /// If no part can be measured, or the results cannot be written. A part that fails is left out with a line.
 pub fn scale(options: &ScaleOptions) -> Result<()> {
     let mut report = Report::default();
-    let wanted = |name: &str| options.only.is_empty() || options.only.iter().any(|only| name.contains(only));
-    for (name, part) in PARTS.into_iter().filter(|(name, _)| wanted(name)) {
+    for (name, part) in PARTS.into_iter().filter(|(name, _)| crate::is_chosen(name, &options.only)) {
         println!("== {name}");
         let mut found = Report::default();
         match part(options, &mut found) {

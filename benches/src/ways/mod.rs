@@ -48,9 +48,7 @@ pub struct WaysOptions {
 pub fn ways(options: &WaysOptions) -> Result<()> {
     let quiet = Quiet::start();
     println!("{}", quiet.text());
-    let chosen =
-        |way: &Way| options.only.is_empty() || options.only.iter().any(|o| way.name().contains(o.as_str()));
-    let ways: Vec<Way> = Way::all().filter(chosen).collect();
+    let ways: Vec<Way> = Way::all().filter(|way| crate::is_chosen(&way.name(), &options.only)).collect();
     ensure!(!ways.is_empty(), "no way has such a name; --list prints them");
     let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); ways.len()];
     for round in 0..options.rounds {

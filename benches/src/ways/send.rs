@@ -8,50 +8,59 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::link::{self, Sample, Work};
-use super::ring::{Memory, Ring};
+use super::ring::{Done, Memory, Ring};
 use super::way::Send;
 
 pub(super) fn run(how: Send, len: usize, time: Duration) -> Result<Sample> {
     link::between(|socket| measured(how, socket, len, time), |socket| link::take(socket, len))
 }
 
+/// What is under way: buffers that the kernel has, and whether the last message was taken.
+struct Sender {
+    ring: Ring,
+    done: Vec<Done>,
+    lent: [bool; 2],
+    sent: bool,
+}
+
+impl Sender {
+    fn turn(&mut self) -> Result<()> {
+        self.ring.turn(1, &mut self.done)?;
+        for done in &self.done {
+            // Said of a message that was sent: the kernel has its buffer until it says more.
+            self.sent |= !done.released;
+            self.lent[done.tag as usize] = !done.released && done.more;
+        }
+        Ok(())
+    }
+}
+
 fn measured(how: Send, mut socket: &TcpStream, len: usize, time: Duration) -> Result<Work> {
     let mut buffers = [Memory::new(len), Memory::new(len)];
-    let mut ring = Ring::new(socket)?;
-    let (end, mut done, mut messages) = (Instant::now() + time, Vec::new(), 0);
-    // Which buffers the kernel has.
-    let mut lent = [false; 2];
+    let mut sender = Sender { ring: Ring::new(socket)?, done: Vec::new(), lent: [false; 2], sent: false };
+    let (end, mut messages) = (Instant::now() + time, 0);
     while Instant::now() < end {
         let place = (messages % 2) as usize;
         if messages >= 2 {
             socket.read_exact(&mut [0]).context("wait for the peer")?;
         }
-        while lent[place] {
-            ring.turn(1, &mut done)?;
-            done.iter().filter(|done| done.released).for_each(|done| lent[done.tag as usize] = false);
+        while sender.lent[place] {
+            sender.turn()?;
         }
         match how {
-            Send::Copy => ring.send(buffers[place].whole(), place as u64),
-            Send::ZeroCopy => ring.send_zero_copy(buffers[place].whole(), place as u64),
+            Send::Copy => sender.ring.send(buffers[place].whole(), place as u64),
+            Send::ZeroCopy => sender.ring.send_zero_copy(buffers[place].whole(), place as u64),
         }
-        let mut sent = false;
-        while !sent {
-            ring.turn(1, &mut done)?;
-            for done in &done {
-                if done.released {
-                    lent[done.tag as usize] = false;
-                } else {
-                    (sent, lent[place]) = (true, done.more);
-                }
-            }
+        sender.sent = false;
+        while !sender.sent {
+            sender.turn()?;
         }
         messages += 1;
     }
-    while lent.contains(&true) {
-        ring.turn(1, &mut done)?;
-        done.iter().filter(|done| done.released).for_each(|done| lent[done.tag as usize] = false);
+    while sender.lent.contains(&true) {
+        sender.turn()?;
     }
-    Ok(Work { messages, enters: ring.enters() })
+    Ok(Work { messages, enters: sender.ring.enters() })
 }
 
 #[cfg(test)]

@@ -23,18 +23,16 @@ pub(super) fn run(how: Wait, time: Duration) -> Result<Sample> {
 
 /// Waits in this way for `want` completions, or where it spins for one, or until the time is over.
 fn wait(how: Wait, ring: &mut Ring, want: usize, done: &mut Vec<Done>, end: Instant) -> Result<()> {
-    match how {
-        Wait::Asleep | Wait::KernelSubmits => return ring.turn(want, done),
-        Wait::Spinning => ring.ask(done)?,
-        Wait::KernelSubmitsSpinning => ring.look(done)?,
-    }
-    while done.is_empty() && Instant::now() < end {
+    loop {
         match how {
+            Wait::Asleep | Wait::KernelSubmits => return ring.turn(want, done),
             Wait::Spinning => ring.ask(done)?,
-            _ => ring.look(done)?,
+            Wait::KernelSubmitsSpinning => ring.look(done)?,
+        }
+        if !done.is_empty() || Instant::now() >= end {
+            return Ok(());
         }
     }
-    Ok(())
 }
 
 fn measured(how: Wait, socket: &TcpStream, time: Duration) -> Result<Work> {
