@@ -150,25 +150,30 @@ pub fn find(which: &str) -> Result<Mapped> {
 /// Who uses a device; `None` if nobody does, as far as this machine can tell. Never opens it: that may read it, and
 /// wait for a primary that is not there.
 pub fn user(device: &Mapped) -> Option<String> {
-    let numbers = device_numbers(&sysfs(device.index));
+    let places = places(&sysfs(device.index));
+    let numbers = device_numbers(&places);
     mounted(&numbers)
-        .or_else(|| built_on(device.index))
-        .or_else(|| loop_device(&device.node()))
+        .or_else(|| built_on(&places))
+        .or_else(|| loop_device(&places))
         .or_else(|| swap(&device.node()))
         .or_else(|| opener(&numbers))
 }
 
 /// Where sysfs has a disk and its partitions.
-fn places(disk: &Path) -> impl Iterator<Item = PathBuf> {
+fn places(disk: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(disk).into_iter().flatten().filter_map(|e| Some(e.ok()?.path()));
-    entries.filter(|path| path.join("partition").exists()).chain([disk.to_owned()])
+    entries.filter(|path| path.join("partition").exists()).chain([disk.to_owned()]).collect()
+}
+
+/// Names of a disk and its partitions, as the kernel has them: `nbd0`, `nbd0p1`.
+fn names(places: &[PathBuf]) -> impl Iterator<Item = &str> {
+    places.iter().filter_map(|place| place.file_name()?.to_str())
 }
 
 /// Device numbers of a disk and its partitions, as procfs and sysfs write them: `43:0`.
-fn device_numbers(disk: &Path) -> Vec<String> {
-    places(disk)
-        .filter_map(|place| Some(fs::read_to_string(place.join("dev")).ok()?.trim().to_owned()))
-        .collect()
+fn device_numbers(places: &[PathBuf]) -> Vec<String> {
+    let number = |place: &PathBuf| fs::read_to_string(place.join("dev")).ok();
+    places.iter().filter_map(number).map(|number| number.trim().to_owned()).collect()
 }
 
 /// Processes of this machine, as procfs has them.
@@ -198,26 +203,24 @@ fn mounted(numbers: &[String]) -> Option<String> {
 }
 
 /// What the kernel has built on it: device mapper, md; btrfs, whose mounts bear a number of their own.
-fn built_on(index: u32) -> Option<String> {
-    let holders = |place: PathBuf| fs::read_dir(place.join("holders")).into_iter().flatten();
-    if let Some(Ok(holder)) = places(&sysfs(index)).flat_map(holders).next() {
+fn built_on(places: &[PathBuf]) -> Option<String> {
+    let holders = |place: &PathBuf| fs::read_dir(place.join("holders")).into_iter().flatten();
+    if let Some(Ok(holder)) = places.iter().flat_map(holders).next() {
         return Some(format!("{} is built on it", holder.file_name().to_string_lossy()));
     }
-    let names: Vec<_> =
-        places(&sysfs(index)).filter_map(|place| Some(place.file_name()?.to_owned())).collect();
     let systems = fs::read_dir("/sys/fs/btrfs").into_iter().flatten().filter_map(Result::ok);
     let mut devices = systems.map(|system| system.path().join("devices"));
-    let on_it = devices.any(|devices| names.iter().any(|name| devices.join(name).exists()));
+    let on_it = devices.any(|devices| names(places).any(|name| devices.join(name).exists()));
     on_it.then(|| "a mounted btrfs is on it".to_owned())
 }
 
-/// A loop device that shows it, or a part of it: the kernel has it open then, and no process.
-fn loop_device(node: &Path) -> Option<String> {
+/// A loop device that shows it, or a partition of it: the kernel has it open then, and no process.
+fn loop_device(places: &[PathBuf]) -> Option<String> {
     let devices = fs::read_dir("/sys/block").ok()?.filter_map(Result::ok);
     let shows = |device: &fs::DirEntry| {
         let backing = fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
-        let rest = backing.trim_end().strip_prefix(&*node.to_string_lossy());
-        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('p'))
+        let shown = backing.trim_end().strip_prefix("/dev/");
+        shown.is_some_and(|shown| names(places).any(|name| name == shown))
     };
     let found = devices.into_iter().find(shows)?;
     Some(format!("/dev/{} shows it", found.file_name().to_string_lossy()))

@@ -78,8 +78,7 @@ impl Search {
             // Nobody listens any more when another node was found.
             let _unheard = answer.send((asked, found));
         };
-        if let Err(error) = thread::Builder::new().name("locate".into()).spawn(attempt) {
-            tracing::warn!("cannot start a thread to ask a node: {error}");
+        if !ask_beside(attempt) {
             self.asked.remove(&target.to_string());
         }
     }
@@ -172,10 +171,7 @@ impl Locator {
             // Nobody listens any more when the keeper has ended.
             let _unheard = tell.send(ask_places(&asked, &volume));
         };
-        match thread::Builder::new().name("opinion".into()).spawn(ask) {
-            Ok(_) => self.opinion = Some(told),
-            Err(error) => tracing::warn!("cannot start a thread to ask a node: {error}"),
-        }
+        self.opinion = ask_beside(ask).then_some(told);
         target_of(&answer.into_iter().find(|place| place.primary)?.address)
     }
 
@@ -194,6 +190,15 @@ impl Locator {
             }
         }
     }
+}
+
+/// Asks a node on a thread of its own, so that nobody waits for it; false if there is none to be had.
+fn ask_beside(ask: impl FnOnce() + Send + 'static) -> bool {
+    let started = thread::Builder::new().name("locate".into()).spawn(ask);
+    if let Err(error) = &started {
+        tracing::warn!("cannot start a thread to ask a node: {error}");
+    }
+    started.is_ok()
 }
 
 /// Which nodes have the volume, as a node sees it; none if it does not say.
