@@ -18,10 +18,7 @@ const COPY_BYTES_MAX: u64 = 32 << 20;
 /// # Errors
 /// Where the target directory cannot be written.
 pub fn keep(name: &str, cluster: Option<&Cluster>, error: &str) -> Result<PathBuf> {
-    let dir = target_dir()?.join("evidence").join(name);
-    if dir.exists() {
-        fs::remove_dir_all(&dir).with_context(|| format!("clear {}", dir.display()))?;
-    }
+    let dir = cleared(name)?;
     fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
     fs::write(dir.join("error.txt"), error).context("write the error")?;
     let Some(cluster) = cluster else {
@@ -48,9 +45,18 @@ pub fn keep(name: &str, cluster: Option<&Cluster>, error: &str) -> Result<PathBu
 /// # Errors
 /// Where either directory fails.
 pub fn keep_tree(name: &str, from: &Path) -> Result<PathBuf> {
-    let dir = target_dir()?.join("evidence").join(name);
+    let dir = cleared(name)?;
     let mut listing = String::new();
     copy_tree(from, &dir, &mut listing)?;
+    Ok(dir)
+}
+
+/// The directory of that name, without what an earlier failure left in it.
+fn cleared(name: &str) -> Result<PathBuf> {
+    let dir = target_dir()?.join("evidence").join(name);
+    if dir.exists() {
+        fs::remove_dir_all(&dir).with_context(|| format!("clear {}", dir.display()))?;
+    }
     Ok(dir)
 }
 

@@ -67,8 +67,11 @@ fn with_machine(name: &str, body: impl FnOnce(&mut Vm) -> Result<()>) {
         let result = run_in(&vm, &made, CHECK_LIMIT).and_then(|()| body(&mut vm));
         consoles = vm.consoles();
         let kept = vm.share().join("evidence");
-        if result.is_err() && kept.exists() {
-            keep_tree(&format!("{name}_machine"), &kept)?;
+        if result.is_err()
+            && kept.exists()
+            && let Err(also) = keep_tree(&format!("{name}_machine"), &kept)
+        {
+            consoles += &format!("\nits evidence is lost: {also:#}");
         }
         result
     });

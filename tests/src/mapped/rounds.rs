@@ -54,8 +54,8 @@ pub fn run(kind: FileSystem, count: u32) -> Result<()> {
     if let Err(reason) = faults(&name, count, &mut cluster, &mut mapped, &load) {
         // Before anything is ended, and then everything that waits for the device: it would wait for ever.
         let kept = evidence::keep(&name.replace(' ', "_"), Some(&cluster), &format!("{reason:#}"));
-        mapped.give_up()?;
-        return kept.and(Err(reason));
+        let after = [kept.err(), mapped.give_up().err()].into_iter().flatten();
+        return Err(after.fold(reason, |reason, also| reason.context(format!("and then: {also:#}"))));
     }
     let reported = load.end()?;
     fs.check()?;

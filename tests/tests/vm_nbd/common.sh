@@ -115,6 +115,12 @@ unmap() {
     wait "$keeper" || die "the keeper ended with $?: $(cat /root/map.log)"
 }
 
+# lose_keeper [PROCESS...]: kills it, and what else is named, at once.
+lose_keeper() {
+    kill -KILL "$keeper" "$@"
+    wait "$keeper" || true
+}
+
 bytes_of() { echo $(($(<"/sys/block/$1/size") * 512)); }
 no_process() { ! kill -0 "$1"; }
 # A device without a connection has no process and no size.

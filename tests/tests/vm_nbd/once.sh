@@ -46,8 +46,7 @@ blink_primary() {
 }
 cut_connections() { within 20 try_to_cut; }
 kill_keeper() {
-    kill -KILL "$keeper"
-    wait "$keeper" || true
+    lose_keeper
     pause
     start_keeper
 }
@@ -55,8 +54,7 @@ kill_keeper() {
 kill_keeper_and_primary() {
     local name
     name=$(primary_of n3)
-    kill -KILL "$keeper" "$(node_pid "$name")"
-    wait "$keeper" || true
+    lose_keeper "$(node_pid "$name")"
     pause
     start_keeper
     start_node "$name"

@@ -55,8 +55,7 @@ mounted_device() {
 idle() {
     map
     : <$device
-    kill -KILL "$keeper"
-    wait "$keeper" || true
+    lose_keeper
     within 20 try_to_cut
     map
     quick 20 dd if=/dev/zero of=$device bs=4k count=1 oflag=direct status=none
