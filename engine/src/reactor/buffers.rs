@@ -16,12 +16,18 @@
 //! needs. Free memory outside the arena that was of no use for a while goes back to the system
 //! ([`Buffers::trim`]).
 //!
+//! Large content lies in huge pages, if the system has them: what is one page is handed to a device as one
+//! segment and pinned by one reference, where 1 MiB in small pages takes 256 of either. Small content shares the
+//! arena's first [`SMALL_LEN`] bytes, in small pages, so that a volume that is idle or moves small blocks only has no
+//! huge page.
+//!
 //! Never does: I/O, or knowing what the bytes mean. Content of a new buffer is undefined (old block
 //! content or zeroes), but always initialised memory.
 
+use std::ops::Range;
 use std::ptr::NonNull;
 
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::wire::{BufId, PAYLOAD_BYTES_MAX};
 
@@ -39,6 +45,12 @@ const CLASSES: usize = (CLASS_POW2_MAX / ALIGN).trailing_zeros() as usize + 2;
 const ARENA_BUFFER_MAX: usize = 256 << 10;
 /// Bytes of the arena that are registered together; no buffer lies in two pieces.
 pub(super) const PIECE_LEN: usize = ARENA_BUFFER_MAX;
+/// Bytes of a huge page.
+const HUGE_LEN: usize = 2 << 20;
+/// Bytes at the arena's start that are in small pages.
+const SMALL_LEN: usize = HUGE_LEN;
+/// From this size on buffers come from the arena's huge pages, while they last.
+const LARGE_MIN: usize = 64 << 10;
 
 const _: () = assert!(PAYLOAD_BYTES_MAX as usize >= CLASS_POW2_MAX);
 const _: () = assert!((PAYLOAD_BYTES_MAX as usize).is_multiple_of(ALIGN));
@@ -96,24 +108,46 @@ pub(super) struct Buffers {
 struct Arena {
     start: NonNull<u8>,
     len: usize,
-    used: usize,
+    /// What was not given out yet of the small and of the huge pages, as ranges of bytes.
+    small: Range<usize>,
+    large: Range<usize>,
 }
 
 impl Arena {
+    /// An arena of `len` bytes.
+    fn new(len: usize) -> Self {
+        let start = map_for_huge_pages(len);
+        let middle = len.min(SMALL_LEN);
+        // SAFETY: the range lies within the mapping that was just made.
+        unsafe { prefer_huge_pages(start.add(middle), len - middle) };
+        Self { start, len, small: 0..middle, large: middle..len }
+    }
+
     /// Memory for a buffer of one of the classes, while there is room. What is left of a piece that it does
     /// not fit into stays unused.
     fn take(&mut self, len: usize) -> Option<Memory> {
-        let left = PIECE_LEN - self.used % PIECE_LEN;
-        let start = if len <= left { self.used } else { self.used + left };
-        if len > ARENA_BUFFER_MAX || start + len > self.len {
+        if len > ARENA_BUFFER_MAX {
             return None;
         }
-        self.used = start + len;
+        let (first, second) = (&mut self.small, &mut self.large);
+        let (first, second) = if len < LARGE_MIN { (first, second) } else { (second, first) };
+        let start = cut(first, len).or_else(|| cut(second, len))?;
         let piece = Some(u16::try_from(start / PIECE_LEN).expect("an arena of fewer than 2^16 pieces"));
         // SAFETY: `start + len` stays within the arena's one mapping.
         let start = unsafe { self.start.add(start) };
         Some(Memory { start, len, piece })
     }
+}
+
+/// Takes `len` bytes of what is left, all in one piece; their place.
+fn cut(left: &mut Range<usize>, len: usize) -> Option<usize> {
+    let of_piece = PIECE_LEN - left.start % PIECE_LEN;
+    let start = if len <= of_piece { left.start } else { left.start + of_piece };
+    if start + len > left.end {
+        return None;
+    }
+    left.start = start + len;
+    Some(start)
 }
 
 /// Class of a buffer of `len` bytes.
@@ -150,9 +184,34 @@ fn map(len: usize) -> NonNull<u8> {
     }
 }
 
-/// Unmaps what [`map`] gave.
+/// As [`map`], at an address where huge pages can begin.
+fn map_for_huge_pages(len: usize) -> NonNull<u8> {
+    let whole = map(len + HUGE_LEN);
+    let before = whole.as_ptr().align_offset(HUGE_LEN);
+    // SAFETY: `before` is less than a huge page, so both places lie within the mapping that was just made.
+    let (start, end) = unsafe { (whole.add(before), whole.add(before + len)) };
+    if before > 0 {
+        unmap(whole, before);
+    }
+    unmap(end, HUGE_LEN - before);
+    start
+}
+
+/// Asks for huge pages. Where the system has none, small ones do.
+///
+/// # Safety
+/// The range is mapped, and only by whoever asks.
+unsafe fn prefer_huge_pages(start: NonNull<u8>, len: usize) {
+    // SAFETY: as the caller has promised; this advice changes no content.
+    let advised = unsafe { rustix::mm::madvise(start.as_ptr().cast(), len, Advice::LinuxHugepage) };
+    if let Err(error) = advised {
+        tracing::debug!(%error, "no huge pages for large buffers");
+    }
+}
+
+/// Unmaps (a part of) what [`map`] gave.
 fn unmap(start: NonNull<u8>, len: usize) {
-    // SAFETY: the range is exactly one earlier mapping and its owner has just been given up.
+    // SAFETY: the range is (a part of) an earlier mapping and its owner has just been given up.
     let result = unsafe { rustix::mm::munmap(start.as_ptr().cast(), len) };
     debug_assert!(result.is_ok(), "munmap of a buffer failed: {result:?}");
 }
@@ -161,7 +220,7 @@ impl Buffers {
     /// An empty pool with an arena of `arena_len` bytes (rounded to whole pieces; 0: none).
     pub(super) fn new(arena_len: usize) -> Self {
         let len = arena_len / PIECE_LEN * PIECE_LEN;
-        let arena = (len > 0).then(|| Arena { start: map(len), len, used: 0 });
+        let arena = (len > 0).then(|| Arena::new(len));
         Self {
             slots: Vec::new(),
             vacant: Vec::new(),
@@ -200,6 +259,10 @@ impl Buffers {
             }
             None => self.fresh(class_len(class)),
         };
+        self.occupy(memory, len)
+    }
+
+    fn occupy(&mut self, memory: Memory, len: usize) -> BufId {
         let slot = Slot { memory, len, references: 1, charge: 0, account: Account::default() };
         if let Some(index) = self.vacant.pop() {
             self.slots[index as usize] = Some(slot);
@@ -209,11 +272,31 @@ impl Buffers {
         BufId(u32::try_from(self.slots.len() - 1).expect("fewer than 2^32 buffers at once"))
     }
 
+    /// A buffer that is kept as long as a connection: outside the arena, in small pages of which only those are
+    /// resident that were ever used.
+    pub(super) fn alloc_lasting(&mut self, len: usize) -> BufId {
+        let len = class_len(class_of(len));
+        self.occupy(Memory { start: map(len), len, piece: None }, len)
+    }
+
     fn fresh(&mut self, len: usize) -> Memory {
         if let Some(memory) = self.arena.as_mut().and_then(|arena| arena.take(len)) {
             return memory;
         }
-        Memory { start: map(len), len, piece: None }
+        if len <= ARENA_BUFFER_MAX {
+            return Memory { start: map(len), len, piece: None };
+        }
+        let whole = len.max(HUGE_LEN);
+        let start = map_for_huge_pages(whole);
+        // SAFETY: the range was just mapped.
+        unsafe { prefer_huge_pages(start, whole) };
+        // What is left of a huge page is for the next ones.
+        for at in (len..whole).step_by(len) {
+            // SAFETY: the class's size divides that of a huge page, so the part lies within the mapping.
+            let start = unsafe { start.add(at) };
+            self.give_back(Memory { start, len, piece: None });
+        }
+        Memory { start, len, piece: None }
     }
 
     /// A free buffer came into use.
@@ -508,6 +591,41 @@ mod tests {
             piece
         });
         assert_eq!(pieces, [Some(0), Some(1), Some(2), Some(2), None]);
+    }
+
+    #[test]
+    fn large_buffers_have_the_huge_pages_and_small_ones_keep_out_of_them() {
+        let mut buffers = Buffers::new(SMALL_LEN + 2 * PIECE_LEN);
+        let mut piece = |len| {
+            let buf = buffers.alloc(len);
+            buffers.address(buf, 0, len).1
+        };
+        let large = u16::try_from(SMALL_LEN / PIECE_LEN).unwrap();
+        assert_eq!([4096, LARGE_MIN / 2].map(&mut piece), [Some(0), Some(0)]);
+        assert_eq!([LARGE_MIN, PIECE_LEN].map(&mut piece), [Some(large), Some(large + 1)]);
+        assert_eq!(piece(PIECE_LEN), Some(1), "small pages are better than none");
+        let lasting = buffers.alloc_lasting(PIECE_LEN);
+        assert_eq!(buffers.address(lasting, 0, 1).1, None);
+    }
+
+    #[test]
+    fn a_huge_page_is_shared_and_given_back_in_parts() {
+        let mut buffers = Buffers::new(0);
+        let len = HUGE_LEN / 4;
+        let four: [BufId; 4] = std::array::from_fn(|_| buffers.alloc(len));
+        let at = four.map(|buf| buffers.address(buf, 0, len).0 as usize);
+        let first = at.into_iter().min().unwrap();
+        assert!(first.is_multiple_of(HUGE_LEN) && at.iter().all(|at| *at < first + HUGE_LEN), "{at:x?}");
+        assert_eq!(buffers.spare, 0);
+        let [kept, other @ ..] = four;
+        buffers.bytes_mut(kept).fill(7);
+        other.into_iter().for_each(|buf| buffers.release(buf));
+        buffers.trim();
+        buffers.trim();
+        assert!(!buffers.has_spare(), "the parts that are free have gone");
+        assert!(buffers.bytes(kept).iter().all(|byte| *byte == 7));
+        let whole = buffers.alloc(HUGE_LEN);
+        assert!((buffers.address(whole, 0, 1).0 as usize).is_multiple_of(HUGE_LEN));
     }
 
     #[test]

@@ -34,7 +34,7 @@ use super::handle::{ClientGuard, ClientKey, NewClient};
 use super::outgoing::{Message, Outgoing};
 use super::ring::{Io, Span, Token};
 use super::sessions::ClientSessions;
-use super::staging::{STAGING_LEN, Staging};
+use super::staging::{SHARED_LEN, STAGING_LEN, Staging};
 
 /// Most client connections of one volume; further ones are closed at once.
 pub(super) const CONNECTIONS_MAX: usize = 1024;
@@ -53,10 +53,12 @@ const STALL_LEN: usize = 64 << 10;
 /// One that does so for this many times the longest unread time is closed, whether anybody waits or not, and so is
 /// one that does not send the rest of a header.
 const OWED_LIMITS: u32 = 3;
+/// While a volume has more connections than this, each uses [`SHARED_LEN`] of its staging buffer only.
+const WHOLE_STAGING_MAX: usize = 16;
 /// Longest header of a client protocol.
 const HEADER_LEN_MAX: usize = 4096;
 
-const _: () = assert!(HEADER_LEN_MAX * 2 <= STAGING_LEN);
+const _: () = assert!(HEADER_LEN_MAX * 2 <= SHARED_LEN && SHARED_LEN <= STAGING_LEN);
 const _: () = assert!(EXTENTS_MAX as u64 * 2 * 16 + 1024 <= STATUS_LEN_MAX);
 
 /// What a connection is in the middle of.
@@ -612,6 +614,8 @@ impl Clients {
     /// Reads on, if the connection is to be read and is not being read; else notes since when it is not.
     pub(super) fn arm(&mut self, io: &mut Io, conn: ConnId, now: Nanos) {
         let block = self.geometry.block_size() as usize;
+        let shared = self.connections.len() > WHOLE_STAGING_MAX;
+        let staged_max = if shared { SHARED_LEN } else { STAGING_LEN };
         let Some(connection) = self.connections.get_mut(&conn) else { return };
         connection.note_debt(now);
         connection.active_at = now;
@@ -631,7 +635,7 @@ impl Clients {
         connection.unread_since = None;
         if !connection.receiving {
             connection.receiving = true;
-            let span = direct.unwrap_or_else(|| connection.staging.room(&mut io.buffers));
+            let span = direct.unwrap_or_else(|| connection.staging.room(&mut io.buffers, staged_max));
             io.receive(&connection.socket, span, !connection.more, Token::ClientReceive(conn));
         }
     }

@@ -44,16 +44,19 @@ pub(super) struct Searcher {
     /// `None`: nothing was asked yet, or no thread could be made.
     jobs: Option<Sender<Job>>,
     answers: (Sender<DiskDone>, Receiver<DiskDone>),
+    /// Searches whose answer was not taken yet.
+    waiting: usize,
 }
 
 impl Searcher {
     /// `waker` is called after each answer.
     pub(super) fn new(file: Rc<OwnedFd>, block: u64, waker: Waker) -> Self {
-        Self { file, block, waker, jobs: None, answers: channel() }
+        Self { file, block, waker, jobs: None, answers: channel(), waiting: 0 }
     }
 
     /// Begins a search for at most `max` stretches; its end comes out of [`Self::poll`].
     pub(super) fn start(&mut self, id: DiskOpId, blocks: BlockRange, max: usize) {
+        self.waiting += 1;
         if self.jobs.is_none() {
             self.jobs = self.make_thread();
         }
@@ -71,8 +74,13 @@ impl Searcher {
     }
 
     /// The next answer, if there is one.
-    pub(super) fn poll(&self) -> Option<DiskDone> {
-        self.answers.1.try_recv().ok()
+    pub(super) fn poll(&mut self) -> Option<DiskDone> {
+        if self.waiting == 0 {
+            return None;
+        }
+        let answer = self.answers.1.try_recv().ok()?;
+        self.waiting -= 1;
+        Some(answer)
     }
 
     fn make_thread(&self) -> Option<Sender<Job>> {

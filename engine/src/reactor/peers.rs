@@ -20,7 +20,7 @@ use crate::wire::{
 
 use super::outgoing::{Message, Outgoing};
 use super::ring::{Io, Span, Token};
-use super::staging::Staging;
+use super::staging::{STAGING_LEN, Staging};
 
 /// What a session is in the middle of receiving.
 enum State {
@@ -243,7 +243,7 @@ impl Peers {
             State::Bulk { buf, len, got, .. } if entry.staging.bypass(len - got) => {
                 Span { buf, start: got, len: len - got }
             }
-            _ => entry.staging.room(&mut io.buffers),
+            _ => entry.staging.room(&mut io.buffers, STAGING_LEN),
         };
         io.receive(&entry.socket, span, !entry.more, Token::PeerReceive(session));
     }

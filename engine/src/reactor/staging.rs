@@ -10,8 +10,10 @@ use crate::wire::BufId;
 use super::buffers::Buffers;
 use super::ring::Span;
 
-/// Bytes of a staging buffer.
-pub(super) const STAGING_LEN: usize = 64 << 10;
+/// Bytes of a staging buffer: what 32 requests to write 4 KiB take has to fit in, for one receive to bring it.
+pub(super) const STAGING_LEN: usize = 256 << 10;
+/// Bytes of it that are used where many connections share a volume, so that what they keep resident stays small.
+pub(super) const SHARED_LEN: usize = 64 << 10;
 /// A body of which at least this much is missing is received straight into its own buffer.
 const DIRECT_MIN: usize = 32 << 10;
 
@@ -33,7 +35,7 @@ pub(super) struct Staging {
 impl Staging {
     /// Allocates an empty one. Give it back with [`Self::release`].
     pub(super) fn new(buffers: &mut Buffers) -> Self {
-        Self { buf: buffers.alloc(STAGING_LEN), start: 0, end: 0, after_large: false }
+        Self { buf: buffers.alloc_lasting(STAGING_LEN), start: 0, end: 0, after_large: false }
     }
 
     /// True if `buf` is this buffer.
@@ -78,15 +80,15 @@ impl Staging {
         left >= DIRECT_MIN || self.after_large
     }
 
-    /// Where to receive next: all of the free room, unparsed bytes moved to the front if it is short; little of it
-    /// after a large body.
-    pub(super) fn room(&mut self, buffers: &mut Buffers) -> Span {
-        if STAGING_LEN - self.end < STAGING_LEN / 4 {
+    /// Where to receive next: all of the free room in the first `most` bytes, unparsed bytes moved to the front if it
+    /// is short; little of it after a large body.
+    pub(super) fn room(&mut self, buffers: &mut Buffers, most: usize) -> Span {
+        if self.end + most / 4 > most {
             buffers.bytes_mut(self.buf).copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        assert!(self.end < STAGING_LEN, "a header never fills the staging buffer");
-        let room = STAGING_LEN - self.end;
+        assert!(self.end < most, "a header never fills the staging buffer");
+        let room = most - self.end;
         let len = if self.after_large && self.len() == 0 { room.min(SHORT_LEN) } else { room };
         Span { buf: self.buf, start: self.end, len }
     }
@@ -100,5 +102,32 @@ impl Staging {
     /// Gives the buffer up (the kernel may still hold it).
     pub(super) fn release(self, buffers: &mut Buffers) {
         buffers.release(self.buf);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_moves_to_the_front_before_room_is_short() {
+        let mut buffers = Buffers::new(0);
+        let mut staging = Staging::new(&mut buffers);
+        // It was the only one at first, and has more than its part of many.
+        staging.filled(STAGING_LEN - 100);
+        staging.consume(STAGING_LEN - 140);
+        buffers.bytes_mut(staging.buf)[STAGING_LEN - 140..STAGING_LEN - 100].fill(9);
+        let room = staging.room(&mut buffers, SHARED_LEN);
+        assert_eq!((room.start, room.len), (40, SHARED_LEN - 40));
+        assert_eq!(staging.bytes(&buffers), [9; 40]);
+        for _ in 0..100 {
+            let room = staging.room(&mut buffers, SHARED_LEN);
+            assert!(room.start + room.len <= SHARED_LEN && room.len >= SHARED_LEN / 4);
+            staging.filled(1000);
+            staging.consume(1000);
+            assert_eq!(staging.len(), 40);
+        }
+        let room = staging.room(&mut buffers, STAGING_LEN);
+        assert_eq!(room.start + room.len, STAGING_LEN);
     }
 }

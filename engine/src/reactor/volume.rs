@@ -139,9 +139,10 @@ impl<C: Core> Volume<C> {
         let mut done = Vec::new();
         self.settle();
         loop {
-            let quiet = self.clients.flush(&mut self.io, boottime_now()) + self.peers.flush(&mut self.io);
+            let now = boottime_now();
+            let quiet = self.clients.flush(&mut self.io, now) + self.peers.flush(&mut self.io);
             let quiet = if self.clients.any_waiting() { 0 } else { quiet };
-            self.publish();
+            self.publish(now);
             if self.stopped {
                 return Ok(());
             }
@@ -151,7 +152,9 @@ impl<C: Core> Volume<C> {
             }
             self.io.turn_beyond(quiet, deadline, &mut done)?;
             self.handle(&mut done);
-            self.tick();
+            if deadline.is_some_and(|at| at <= boottime_now()) {
+                self.tick();
+            }
         }
     }
 
@@ -425,7 +428,7 @@ impl<C: Core> Volume<C> {
         if mutated(Mutation::R27) { self.began } else { boottime_now() }
     }
 
-    /// What is due by the clock.
+    /// What is due by the clock; called once [`Self::deadline`] is over.
     fn tick(&mut self) {
         let now = self.input_time();
         for (conn, end) in self.clients.expired(now) {
@@ -455,8 +458,7 @@ impl<C: Core> Volume<C> {
     }
 
     /// Publishes the status if it changed: at once where others decide by it, else not too often.
-    fn publish(&mut self) {
-        let now = boottime_now();
+    fn publish(&mut self, now: Nanos) {
         let board = &mut self.board;
         let due = board.touched && board.at.after(STATUS_INTERVAL) <= now;
         if !due && !board.urgent {

@@ -74,12 +74,15 @@ pub(super) struct IntentBook {
     settled: Settled,
     /// When a write began last.
     touched: Nanos,
+    /// No region with an account was touched before this: while that is too late, none of them is looked at.
+    oldest: Nanos,
 }
 
 impl IntentBook {
     /// Takes over what the disk says: every set bit is durable and of unknown age.
     pub(super) fn new(geometry: Geometry) -> Self {
-        Self { geometry, regions: BTreeMap::new(), settled: Settled::default(), touched: Nanos(0) }
+        let (regions, settled) = (BTreeMap::new(), Settled::default());
+        Self { geometry, regions, settled, touched: Nanos(0), oldest: Nanos(u64::MAX) }
     }
 
     /// When a write began last; zero if none has since the start.
@@ -90,6 +93,7 @@ impl IntentBook {
     /// Begins a write to `blocks`: sets the bits that are not set and asks for their durability.
     pub(super) fn begin(&mut self, store: &mut MetaStore, blocks: BlockRange, now: Nanos) {
         self.touched = now;
+        self.oldest = self.oldest.min(now);
         for index in self.geometry.regions_of(blocks) {
             let settled = &self.settled;
             let region = self.regions.entry(index).or_insert_with(|| {
@@ -226,6 +230,9 @@ impl IntentBook {
         mut save_bitmaps: impl FnMut(&mut MetaStore, BlockRange) -> Vec<Ticket>,
     ) {
         let mut excess = store.intent().count().saturating_sub(keep_max);
+        if excess == 0 && idle_before < self.oldest && self.settled_len(store) == 0 {
+            return;
+        }
         let due = |touched: Nanos| excess > 0 || touched <= idle_before;
         self.unsettle(store, stable, due);
         let mut ready: Vec<(Nanos, RegionIndex)> = self
@@ -235,6 +242,7 @@ impl IntentBook {
             .map(|(index, r)| (r.touched, *index))
             .collect();
         ready.sort_unstable();
+        self.oldest = self.regions.values().map(|r| r.touched).min().unwrap_or(Nanos(u64::MAX));
         for (touched, index) in ready {
             if touched > idle_before && excess == 0 {
                 break;
@@ -257,9 +265,9 @@ impl IntentBook {
         }
     }
 
-    /// Every account is that of a set region. For the invariant check.
+    /// Every account is that of a set region, and none is older than is thought. For the invariant check.
     pub(super) fn is_consistent(&self, store: &MetaStore) -> bool {
-        self.regions.keys().all(|r| store.intent().get(r.0))
+        self.regions.iter().all(|(index, r)| store.intent().get(index.0) && r.touched >= self.oldest)
     }
 
     /// Set regions with an account of their own.
