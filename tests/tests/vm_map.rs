@@ -98,6 +98,26 @@ fn databases_on_xfs_on_a_mapped_volume_see_pauses_and_no_error() {
     all_faults("xfs");
 }
 
+/// Keeps what the nodes on the machine's disk said and say, as evidence of a failure; its content is not copied.
+const KEEP: &str = "
+    kept=/host/evidence; mkdir -p $kept; cd /disk || exit
+    find . -type f -size -8192k ! -name '*.data' -exec cp --parents {} $kept ';'
+    for socket in $(find . -name admin.sock); do
+        for what in status events; do
+            to=$kept/${socket%/*}/$what.json
+            timeout 10 /host/bin/blkrepl --admin $socket $what --json >$to 2>&1 || echo 'no answer' >>$to
+        done
+    done
+    { cat /proc/uptime /proc/loadavg /proc/diskstats; ps -o pid,stat,time,args; } >$kept/machine.txt";
+
+/// Does `body`; if it fails and the machine still runs, what its nodes say is kept.
+fn with_evidence<T>(vm: &mut Vm, body: impl FnOnce(&mut Vm) -> Result<T>) -> Result<T> {
+    body(vm).map_err(|reason| match vm.runs().then(|| run_in(vm, KEEP, CHECK_LIMIT)) {
+        Some(Err(also)) => reason.context(format!("and then, as evidence was kept: {also:#}")),
+        _ => reason,
+    })
+}
+
 /// The last number that the machine said was reported committed.
 fn reported(log: &Path) -> u64 {
     let text = fs::read(log).unwrap_or_default();
@@ -115,30 +135,36 @@ fn what_was_reported_committed_is_there_after_a_cut_of_power() {
         step(name, &format!("seed {seed}"));
         let mut random = Random::new(seed);
         for round in 0..rounds() {
-            let dir = format!("/disk/power{round}");
-            let before = reported(vm.log());
-            let job = vm.start(&command(&format!("load ext4 {dir} /dev/vm-log")), ROUND_LIMIT)?;
             let enough = 20 + random.below(40);
-            let mut ended = None;
-            let waited = wait_until("commits", CHECK_LIMIT, || {
-                let now = reported(vm.log());
-                ended = vm.finished(&job).transpose();
-                ended.is_some() || (now != before && now >= enough)
-            });
-            if let Some(ended) = ended {
-                return Err(anyhow!("the load ended: {}", ended?.text()));
-            }
-            waited?;
-            vm.cut_power()?;
-            let committed = reported(vm.log());
-            ensure!(committed >= enough, "{committed} commits reported");
-            vm.boot()?;
-            let disk = vm.device(0);
-            run_in(vm, &format!("modprobe nbd && mkdir -p /disk && mount {disk} /disk"), CHECK_LIMIT)?;
-            run_in(vm, &command(&format!("check ext4 {dir} {committed}")), CHECK_LIMIT)
-                .with_context(|| format!("cut after {committed} commits"))?;
+            let committed = with_evidence(vm, |vm| cut_under_load(vm, round, enough))?;
             measured(name, &format!("cut after {committed} commits were reported: all there"));
         }
         Ok(())
     });
+}
+
+/// Cuts the power once so many commits were reported, and looks after a boot; how many were reported in the end.
+fn cut_under_load(vm: &mut Vm, round: u32, enough: u64) -> Result<u64> {
+    let dir = format!("/disk/power{round}");
+    let before = reported(vm.log());
+    let job = vm.start(&command(&format!("load ext4 {dir} /dev/vm-log")), ROUND_LIMIT)?;
+    let mut ended = None;
+    let waited = wait_until("commits", CHECK_LIMIT, || {
+        let now = reported(vm.log());
+        ended = vm.finished(&job).transpose();
+        ended.is_some() || (now != before && now >= enough)
+    });
+    if let Some(ended) = ended {
+        return Err(anyhow!("the load ended: {}", ended?.text()));
+    }
+    waited?;
+    vm.cut_power()?;
+    let committed = reported(vm.log());
+    ensure!(committed >= enough, "{committed} commits reported");
+    vm.boot()?;
+    let disk = vm.device(0);
+    run_in(vm, &format!("modprobe nbd && mkdir -p /disk && mount {disk} /disk"), CHECK_LIMIT)?;
+    run_in(vm, &command(&format!("check ext4 {dir} {committed}")), CHECK_LIMIT)
+        .with_context(|| format!("cut after {committed} commits"))?;
+    Ok(committed)
 }
