@@ -81,13 +81,13 @@ fn model_of_the_control_plane_in_small() {
 }
 
 #[test]
-#[cfg_attr(debug_assertions, ignore = "many states: in release, step `models` of tests/run")]
+#[ignore = "many states: step `models` of tests/run"]
 fn model_of_the_control_plane_with_a_crash() {
     exhaust("a crash", Bounds { crashes: 1, promotions: 1, ..NONE });
 }
 
 #[test]
-#[cfg_attr(debug_assertions, ignore = "many states: in release, step `models` of tests/run")]
+#[ignore = "many states: step `models` of tests/run"]
 fn model_of_the_control_plane_with_two_leaders() {
     exhaust("two leaders", Bounds { elections: 1, promotions: 1, ..NONE });
     exhaust("a removal", Bounds { removals: 1, promotions: 1, ..NONE });
@@ -102,25 +102,25 @@ fn exhaust_wide(name: &str, bounds: Bounds) {
 }
 
 #[test]
-#[cfg_attr(debug_assertions, ignore = "many states: in release, step `models` of tests/run")]
+#[ignore = "many states: step `models` of tests/run"]
 fn model_of_the_control_plane_with_two_crashes() {
     exhaust_wide("two crashes", Bounds { crashes: 2, ..NONE });
 }
 
 #[test]
-#[cfg_attr(debug_assertions, ignore = "many states: in release, step `models` of tests/run")]
+#[ignore = "many states: step `models` of tests/run"]
 fn model_of_the_control_plane_with_a_crash_and_two_leaders() {
     exhaust_wide("a crash and two leaders", Bounds { crashes: 1, elections: 1, ..NONE });
 }
 
 #[test]
-#[cfg_attr(debug_assertions, ignore = "many states: in release, step `models` of tests/run")]
+#[ignore = "many states: step `models` of tests/run"]
 fn model_of_the_control_plane_with_two_leaders_and_a_removal() {
     exhaust_wide("two leaders and a removal", Bounds { elections: 1, removals: 1, ..NONE });
 }
 
 #[test]
-#[cfg_attr(debug_assertions, ignore = "many states: in release, step `models` of tests/run")]
+#[ignore = "many states: step `models` of tests/run"]
 fn model_of_the_control_plane_fails_without_each_part() {
     use Without as W;
     let quiet = Bounds { promotions: 1, ..NONE };

@@ -125,19 +125,19 @@ fn model_of_the_data_path_in_small() {
 }
 
 #[test]
-#[cfg_attr(debug_assertions, ignore = "millions of states: in release, step `models` of tests/run")]
+#[ignore = "millions of states: step `models` of tests/run"]
 fn model_of_the_data_path_with_two_nodes() {
     exhaust("two nodes", TWO);
 }
 
 #[test]
-#[cfg_attr(debug_assertions, ignore = "millions of states: in release, step `models` of tests/run")]
+#[ignore = "millions of states: step `models` of tests/run"]
 fn model_of_the_data_path_with_three_nodes() {
     exhaust("three nodes", THREE);
 }
 
 #[test]
-#[cfg_attr(debug_assertions, ignore = "millions of states: in release, step `models` of tests/run")]
+#[ignore = "millions of states: step `models` of tests/run"]
 fn model_of_the_data_path_in_wide_bounds() {
     if std::env::var("BLKREPL_MODEL").as_deref() != Ok("wide") {
         return println!("set BLKREPL_MODEL=wide for the wide bounds");
@@ -147,7 +147,7 @@ fn model_of_the_data_path_in_wide_bounds() {
 }
 
 #[test]
-#[cfg_attr(debug_assertions, ignore = "millions of states: in release, step `models` of tests/run")]
+#[ignore = "millions of states: step `models` of tests/run"]
 fn model_of_the_data_path_fails_without_each_rule() {
     use Without as W;
     let rules = [

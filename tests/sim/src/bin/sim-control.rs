@@ -83,7 +83,7 @@ fn many(cli: &Cli) -> ExitCode {
     let totals = totals.into_inner().expect("no thread panicked");
     for (seed, why) in &totals.failed {
         println!("seed {seed}: VIOLATION of {why}");
-        println!("replay: cargo run --release --bin sim-control -- --seed {seed}");
+        println!("replay: cargo run --bin sim-control -- --seed {seed}");
     }
     if cli.hashes {
         totals.hashes.iter().for_each(|(seed, hash)| println!("{seed} {hash:016x}"));

@@ -206,7 +206,7 @@ fn many(runs: Runs, first: u64, count: u64, jobs: usize, options: &Options) -> E
     print_stats(count, started.elapsed().as_secs_f64(), &stats);
     for seed in failed.keys().take(10) {
         let scenario = Scenario { seed: *seed, options: options.clone() };
-        println!("replay: cargo run --release --bin sim -- --scenario \"{scenario}\"");
+        println!("replay: cargo run --bin sim -- --scenario \"{scenario}\"");
     }
     println!("{} of {count} seeds failed", failed.len());
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }

@@ -2,7 +2,7 @@
 //! and has to be found, by the simulator within so many seeds where the rule lives in what it runs, and always
 //! by the unit tests that the table names. Exits 1 if one survives, or if anything is found without one.
 //!
-//! Built without the feature `mutations` it runs cargo again with it, so that `cargo run --release --bin
+//! Built without the feature `mutations` it runs cargo again with it, so that `cargo run --bin
 //! mutants` is all that one has to know. Never part of production: nothing else turns that feature on.
 
 #[cfg(feature = "mutations")]
@@ -125,7 +125,7 @@ fn run(args: &Args) -> anyhow::Result<bool> {
 fn main() -> ExitCode {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = std::process::Command::new(cargo)
-        .args(["run", "--release", "--locked", "--quiet", "-p", "blkrepl-sim", "--features", "mutations"])
+        .args(["run", "--locked", "--quiet", "-p", "blkrepl-sim", "--features", "mutations"])
         .args(["--bin", "mutants", "--"])
         .args(std::env::args_os().skip(1))
         .status();
