@@ -155,7 +155,7 @@ pub fn user(device: &Mapped) -> Option<String> {
     mounted(&numbers)
         .or_else(|| built_on(&places))
         .or_else(|| loop_device(&places))
-        .or_else(|| swap(&device.node()))
+        .or_else(|| swap(&places))
         .or_else(|| opener(&numbers))
 }
 
@@ -226,10 +226,15 @@ fn loop_device(places: &[PathBuf]) -> Option<String> {
     Some(format!("/dev/{} shows it", found.file_name().to_string_lossy()))
 }
 
-fn swap(node: &Path) -> Option<String> {
+fn swap(places: &[PathBuf]) -> Option<String> {
     let swaps = fs::read_to_string("/proc/swaps").ok()?;
-    let node = node.to_string_lossy();
-    swaps.lines().any(|line| line.starts_with(&*node)).then(|| "it is swapped to".to_owned())
+    names(places).any(|name| is_swapped_to(&swaps, name)).then(|| "it is swapped to".to_owned())
+}
+
+/// Whether procfs' table of what is swapped to has the device of that name.
+fn is_swapped_to(swaps: &str, name: &str) -> bool {
+    let mut paths = swaps.lines().filter_map(|line| line.split_whitespace().next());
+    paths.any(|path| path.strip_prefix("/dev/") == Some(name))
 }
 
 /// A process that has it open.
@@ -271,6 +276,15 @@ mod tests {
             ["nbd0", "/dev/nbd", "/dev/nbd01", "/dev/nbd+1", "/dev/nbd1p1", "/dev/sda", "/dev/nbd99999999999"]
         {
             assert!(parse_node(strange).unwrap_err().contains("/dev/nbd0"), "{strange}");
+        }
+    }
+
+    #[test]
+    fn a_device_is_swapped_to_only_if_it_is_itself() {
+        let swaps = "Filename\t\tType\t\tSize\n/dev/nbd10   partition\t100\n/dev/nbd2p1 partition\t100\n/nbd3 file 1\n";
+        assert_eq!(["nbd10", "nbd2p1"].map(|name| is_swapped_to(swaps, name)), [true, true]);
+        for other in ["nbd1", "nbd2", "nbd3", "Filename", ""] {
+            assert!(!is_swapped_to(swaps, other), "{other}");
         }
     }
 }
