@@ -50,7 +50,7 @@ const HUGE_LEN: usize = 2 << 20;
 /// Bytes at the arena's start that are in small pages.
 const SMALL_LEN: usize = HUGE_LEN;
 /// From this size on buffers come from the arena's huge pages, while they last.
-const LARGE_MIN: usize = 64 << 10;
+const HUGE_MIN: usize = 64 << 10;
 
 const _: () = assert!(PAYLOAD_BYTES_MAX as usize >= CLASS_POW2_MAX);
 const _: () = assert!((PAYLOAD_BYTES_MAX as usize).is_multiple_of(ALIGN));
@@ -130,7 +130,7 @@ impl Arena {
             return None;
         }
         let (first, second) = (&mut self.small, &mut self.large);
-        let (first, second) = if len < LARGE_MIN { (first, second) } else { (second, first) };
+        let (first, second) = if len < HUGE_MIN { (first, second) } else { (second, first) };
         let start = cut(first, len).or_else(|| cut(second, len))?;
         let piece = Some(u16::try_from(start / PIECE_LEN).expect("an arena of fewer than 2^16 pieces"));
         // SAFETY: `start + len` stays within the arena's one mapping.
@@ -601,8 +601,8 @@ mod tests {
             buffers.address(buf, 0, len).1
         };
         let large = u16::try_from(SMALL_LEN / PIECE_LEN).unwrap();
-        assert_eq!([4096, LARGE_MIN / 2].map(&mut piece), [Some(0), Some(0)]);
-        assert_eq!([LARGE_MIN, PIECE_LEN].map(&mut piece), [Some(large), Some(large + 1)]);
+        assert_eq!([4096, HUGE_MIN / 2].map(&mut piece), [Some(0), Some(0)]);
+        assert_eq!([HUGE_MIN, PIECE_LEN].map(&mut piece), [Some(large), Some(large + 1)]);
         assert_eq!(piece(PIECE_LEN), Some(1), "small pages are better than none");
         let lasting = buffers.alloc_lasting(PIECE_LEN);
         assert_eq!(buffers.address(lasting, 0, 1).1, None);
