@@ -36,6 +36,7 @@ pub(crate) enum Kind {
     RequestIo,
     RequestInval,
     RequestNoSpc,
+    RequestNotSup,
     RequestShutdown,
     ClosedStalled,
     ClosedUnread,
@@ -44,7 +45,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     /// Each with its name in the status, in the order of their numbers.
-    const ALL: [(Self, &'static str); 16] = [
+    const ALL: [(Self, &'static str); 17] = [
         (Self::Accepted, "accepted"),
         (Self::RefusedAll, "refused_connections_max"),
         (Self::RefusedPerClient, "refused_connections_per_client_max"),
@@ -57,6 +58,7 @@ impl Kind {
         (Self::RequestIo, "requests_eio"),
         (Self::RequestInval, "requests_einval"),
         (Self::RequestNoSpc, "requests_enospc"),
+        (Self::RequestNotSup, "requests_enotsup"),
         (Self::RequestShutdown, "requests_eshutdown"),
         (Self::ClosedStalled, "closed_stalled"),
         (Self::ClosedUnread, "closed_unread"),
@@ -200,6 +202,8 @@ impl Guest {
             // Whatever is no fault of the client is told of where it happens.
             NbdErrno::Io => return self.watch.add(Kind::RequestIo),
             NbdErrno::Shutdown => return self.watch.add(Kind::RequestShutdown),
+            // A client that asks for fast zeroes wants to know whether there are any.
+            NbdErrno::NotSup => return self.watch.add(Kind::RequestNotSup),
             NbdErrno::Perm => Kind::RequestPerm,
             NbdErrno::NoSpc => Kind::RequestNoSpc,
             _ => Kind::RequestInval,
@@ -240,6 +244,8 @@ impl Guest {
 #[cfg(test)]
 mod tests {
     use std::net::IpAddr;
+
+    use blkrepl_engine::reactor::client::FrontOp;
 
     use super::*;
     use crate::limits::ConnectionLimits;
@@ -291,5 +297,29 @@ mod tests {
         let counts = watch.counts();
         assert_eq!((counts["violations"], counts["closed_idle"], counts["closed_unread"]), (2, 1, 0));
         assert_eq!(counts.len(), Kind::ALL.len() + 1);
+    }
+
+    #[test]
+    fn a_request_that_is_not_supported_is_counted_as_that_and_not_told_of() {
+        let connections = Connections::new(ConnectionLimits::default());
+        let watch = Misbehaviour::new(Arc::clone(&connections));
+        let ticket = connections.enter(ClientHost::Local).unwrap();
+        let guest = Guest::new(ticket, &watch, ClientHost::Local, "test".into());
+        let request = FrontRequest {
+            handle: 1,
+            op: FrontOp::WriteZeroes,
+            offset: 0,
+            len: 4096,
+            payload: 0,
+            fua: false,
+            no_hole: true,
+            one: false,
+            error: None,
+        };
+        let lines = || watch.log.lock().unwrap().lines.len();
+        guest.was_refused(&request, NbdErrno::NotSup);
+        assert_eq!((watch.count(Kind::RequestNotSup), watch.count(Kind::RequestInval), lines()), (1, 0, 0));
+        guest.was_refused(&request, NbdErrno::Inval);
+        assert_eq!((watch.count(Kind::RequestNotSup), watch.count(Kind::RequestInval), lines()), (1, 1, 1));
     }
 }
