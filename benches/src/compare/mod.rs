@@ -175,13 +175,10 @@ fn start_all(dir: &TempDir, options: &CompareOptions) -> Vec<Subject> {
     for name in own::FLOOR_NAMES.into_iter().filter(|name| wanted(name)) {
         keep(name, own::start_floor(name, dir.path(), options));
     }
-    if own::BLKREPL_NAMES.into_iter().any(wanted) {
-        match own::start_blkrepl(dir.path(), options) {
-            Ok(started) => {
-                for subject in started.into_iter().filter(|subject| wanted(subject.name)) {
-                    keep(subject.name, Ok(subject));
-                }
-            }
+    let own: Vec<_> = own::BLKREPL_NAMES.into_iter().filter(|name| wanted(name)).collect();
+    if !own.is_empty() {
+        match own::start_blkrepl(dir.path(), options, &own) {
+            Ok(started) => started.into_iter().for_each(|subject| keep(subject.name, Ok(subject))),
             Err(reason) => println!("SKIPPED blkrepl: {reason:#}"),
         }
     }

@@ -89,8 +89,12 @@ pub(super) fn start_floor(name: &'static str, dir: &Path, options: &CompareOptio
     Ok(Subject { primary: Some(pid).filter(|_| name == "floor"), ..subject })
 }
 
-/// Starts a cluster with the three volumes; the first subject owns it.
-pub(super) fn start_blkrepl(dir: &Path, options: &CompareOptions) -> Result<Vec<Subject>> {
+/// Starts a cluster with the three volumes, of which those named in `wanted` become subjects; the first owns it.
+pub(super) fn start_blkrepl(
+    dir: &Path,
+    options: &CompareOptions,
+    wanted: &[&'static str],
+) -> Result<Vec<Subject>> {
     let base = dir.join("blkrepl");
     std::fs::create_dir(&base).with_context(|| format!("make {}", base.display()))?;
     let mut cluster = Cluster::start(ClusterOptions {
@@ -109,10 +113,10 @@ pub(super) fn start_blkrepl(dir: &Path, options: &CompareOptions) -> Result<Vec<
         let primary = &status.volume(volume)?.primary;
         ensure!(primary.as_deref() == Some(PRIMARY), "{volume} has primary {primary:?}");
     }
-    subjects(cluster, options.transport)
+    subjects(cluster, options.transport, wanted)
 }
 
-fn subjects(cluster: Cluster, transport: Transport) -> Result<Vec<Subject>> {
+fn subjects(cluster: Cluster, transport: Transport, wanted: &[&'static str]) -> Result<Vec<Subject>> {
     let primary = cluster.node(PRIMARY)?;
     let uri = match transport {
         Transport::Unix => primary.unix()?,
@@ -124,12 +128,12 @@ fn subjects(cluster: Cluster, transport: Transport) -> Result<Vec<Subject>> {
         pids.push(cluster.process(&node.name)?);
     }
     let mut started = Vec::new();
-    for name in BLKREPL_NAMES {
+    let process = cluster.process(PRIMARY)?;
+    for name in wanted.iter().copied() {
         let uri = NbdUri { export: name.to_owned(), ..uri.clone() };
-        started.push(Subject { pids: pids.clone(), ..Subject::ready(name, uri, Vec::new())? });
+        let primary = Some(process).filter(|_| name == BLKREPL_NAMES[0]);
+        started.push(Subject { pids: pids.clone(), primary, ..Subject::ready(name, uri, Vec::new())? });
     }
-    let first = started.first_mut().ok_or_else(|| anyhow!("no volume"))?;
-    first.primary = Some(cluster.process(PRIMARY)?);
-    first.cluster = Some(cluster);
+    started.first_mut().ok_or_else(|| anyhow!("no volume is wanted"))?.cluster = Some(cluster);
     Ok(started)
 }
