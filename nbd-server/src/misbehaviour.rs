@@ -254,6 +254,15 @@ mod tests {
         ClientHost::Remote(IpAddr::from((0x0a00_0000 + n).to_be_bytes()))
     }
 
+    /// A server's counters, and a connection that they count.
+    fn guest() -> (Arc<Misbehaviour>, Guest) {
+        let connections = Connections::new(ConnectionLimits::default());
+        let watch = Misbehaviour::new(Arc::clone(&connections));
+        let ticket = connections.enter(ClientHost::Local).unwrap();
+        let guest = Guest::new(ticket, &watch, ClientHost::Local, "test".into());
+        (watch, guest)
+    }
+
     #[test]
     fn each_kind_has_its_number_and_a_name_of_its_own() {
         let names: std::collections::BTreeSet<_> = Kind::ALL.iter().map(|(_, name)| name).collect();
@@ -286,10 +295,7 @@ mod tests {
 
     #[test]
     fn what_is_noted_is_counted_by_name() {
-        let connections = Connections::new(ConnectionLimits::default());
-        let watch = Misbehaviour::new(Arc::clone(&connections));
-        let ticket = connections.enter(ClientHost::Local).unwrap();
-        let guest = Guest::new(ticket, &watch, ClientHost::Local, "test".into());
+        let (watch, guest) = guest();
         guest.broke_protocol("garbage");
         guest.broke_protocol("garbage");
         guest.was_closed(End::Idle);
@@ -301,10 +307,7 @@ mod tests {
 
     #[test]
     fn a_request_that_is_not_supported_is_counted_as_that_and_not_told_of() {
-        let connections = Connections::new(ConnectionLimits::default());
-        let watch = Misbehaviour::new(Arc::clone(&connections));
-        let ticket = connections.enter(ClientHost::Local).unwrap();
-        let guest = Guest::new(ticket, &watch, ClientHost::Local, "test".into());
+        let (watch, guest) = guest();
         let request = FrontRequest {
             handle: 1,
             op: FrontOp::WriteZeroes,
