@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use blkrepl_engine::durable;
 
 use crate::admin::client::{self, AskError};
 use crate::admin::{Done, DurabilityWord, Request, SharingWord, StatusView};
@@ -45,7 +46,7 @@ impl DevCluster {
         timing: &TimingArgs,
         interrupt: &Interrupt,
     ) -> anyhow::Result<Self> {
-        std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        durable::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let dir = dir.canonicalize()?;
         let lock = DirLock::take(&dir, DEV_LOCK, "dev")?;
         let known = cluster_json::read(&dir).filter(|known| known.volume == volume);

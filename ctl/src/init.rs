@@ -6,6 +6,7 @@
 
 use anyhow::{Context, bail};
 use blkrepl_engine::control::{self, ControlError, StoreId};
+use blkrepl_engine::durable;
 use serde::Serialize;
 
 use crate::config::NodeConfig;
@@ -16,7 +17,7 @@ use crate::node_dir::{DirLock, PID_FILE};
 /// # Errors
 /// There is one, the node runs, or the directory cannot be used.
 pub fn create(config: &NodeConfig) -> anyhow::Result<String> {
-    std::fs::create_dir_all(&config.dir)
+    durable::create_dir_all(&config.dir)
         .with_context(|| format!("cannot create {}", config.dir.display()))?;
     let lock = DirLock::take(&config.dir, PID_FILE, "init")?;
     let store: StoreId = control::init(&config.dir, config.id)?;

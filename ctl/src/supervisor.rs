@@ -15,6 +15,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use blkrepl_engine::durable;
 use rustix::process::Signal;
 
 use crate::cli::TimingArgs;
@@ -298,13 +299,14 @@ fn lay_out(dir: &Path, names: &[&str], timing: &TimingArgs) -> anyhow::Result<()
         }
         write!(text, "\n{}{cluster}", timing_section(timing))?;
         let node_dir = dir.join(name);
-        std::fs::create_dir_all(&node_dir)
+        durable::create_dir_all(&node_dir)
             .with_context(|| format!("cannot create {}", node_dir.display()))?;
         let file = node_dir.join("node.toml");
         let config = config::parse(&file, &text).context("the timing given does not fit together")?;
         crate::init::ensure(&config)?;
         // Last, so that a directory that was laid out halfway is laid out again.
-        std::fs::write(&file, &text).with_context(|| format!("cannot write {}", file.display()))?;
+        durable::replace(&file, text.as_bytes())
+            .with_context(|| format!("cannot write {}", file.display()))?;
     }
     Ok(())
 }
@@ -324,7 +326,7 @@ fn set_timing(file: &Path, timing: &TimingArgs) -> anyhow::Result<()> {
     kept.push('\n');
     kept.push_str(&timing_section(timing));
     config::parse(file, &kept).context("the timing given does not fit together")?;
-    std::fs::write(file, kept).with_context(|| format!("cannot write {}", file.display()))
+    durable::replace(file, kept.as_bytes()).with_context(|| format!("cannot write {}", file.display()))
 }
 
 /// Ports on loopback that nobody listens on and that the kernel gives to no outgoing connection, so

@@ -10,7 +10,8 @@
 //!
 //! `control` stands beside `replica`; they meet only in the plain data of [`types`]
 //! ([`types::ConfigView`], [`types::Proposal`]). Any module may ask [`mutation`], which is constant in
-//! production; `rising_map` is a container that they share. Built without the features `control` and
+//! production; `rising_map` is a container that they share; `durable` is what both drivers ask of a file system.
+//! Built without the features `control` and
 //! `reactor` the crate holds the sans-IO core alone: no clock, no socket, no file, no thread, no randomness.
 
 // Rule tags such as [R7] are references to the design, not links.
@@ -25,5 +26,7 @@ pub mod wire;
 
 #[cfg(feature = "control")]
 pub mod control;
+#[cfg(any(feature = "control", feature = "reactor"))]
+pub mod durable;
 #[cfg(feature = "reactor")]
 pub mod reactor;

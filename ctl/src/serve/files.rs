@@ -11,6 +11,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use blkrepl_engine::durable;
 use blkrepl_engine::meta::Superblock;
 use blkrepl_engine::reactor::{
     self, Expected, LOCK_WAIT_DEFAULT, OpenVolume, ReactorError, ReactorOptions, VolumeHandle, VolumePaths,
@@ -324,7 +325,7 @@ fn make_directories(place: &Place) -> Result<(), OpenError> {
     for path in [&place.paths.data, &place.paths.meta] {
         if let Some(parent) = path.parent() {
             let fail = |source| OpenError::Directory { path: parent.to_path_buf(), source };
-            std::fs::create_dir_all(parent).map_err(fail)?;
+            durable::create_dir_all(parent).map_err(fail)?;
         }
     }
     Ok(())

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::future::Future;
-use std::io::{self, Write};
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -16,6 +16,7 @@ use std::thread;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::durable;
 use crate::types::Nanos;
 
 use super::random::random_u128;
@@ -206,7 +207,7 @@ impl StoreDir for OsDir {
     }
 
     fn create_dir(&self) -> io::Result<()> {
-        fs::create_dir_all(&self.0)
+        durable::create_dir_all(&self.0)
     }
 
     fn exists(&self, name: &str) -> bool {
@@ -222,11 +223,7 @@ impl StoreDir for OsDir {
     }
 
     fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
-        let temp = format!("{name}.new");
-        let mut file = File::create(self.path(&temp))?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        self.rename(&temp, name)
+        durable::replace(&self.path(name), bytes)
     }
 
     fn create(&self, name: &str) -> io::Result<StoreFile> {
@@ -240,7 +237,6 @@ impl StoreDir for OsDir {
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        fs::rename(self.path(from), self.path(to))?;
-        File::open(&self.0)?.sync_all()
+        durable::rename(&self.path(from), &self.path(to))
     }
 }

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{AtFlags, FileType, FlockOperation, OFlags, StatxFlags, XattrFlags};
 use thiserror::Error;
 
+use crate::durable;
 use crate::meta::{DataIdentity, Image, ImageError, Superblock, SuperblockError};
 use crate::mutation::{Mutation, mutated};
 use crate::types::{ClusterId, Geometry, NodeId, ReplicaSlot, VolumeId};
@@ -285,7 +286,7 @@ pub fn create(
         return Err(OpenError::Exists { part: Part::Meta, path: paths.meta.clone() });
     }
     // The lock on the file that becomes the metadata file keeps a second creator away.
-    let making = with_suffix(&paths.meta, ".new");
+    let making = durable::with_suffix(&paths.meta, ".new");
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false);
     let meta = options.open(&making).map_err(failed("making", &making))?;
@@ -331,8 +332,7 @@ fn create_locked(
     superblock.identity = identity_of(&data, size).map_err(failed("examining", &paths.data))?;
     let mut image = Image::fresh(superblock, other_slots, others_zero && !is_device);
     write_image(&meta, &mut image).map_err(failed("writing", making))?;
-    std::fs::rename(making, &paths.meta).map_err(failed("renaming", making))?;
-    sync_directory(&paths.meta)?;
+    durable::rename(making, &paths.meta).map_err(failed("renaming", making))?;
     let files = VolumeFiles { data: finish(data, &paths.data)?, meta: finish(meta, &paths.meta)?, geometry };
     Ok(OpenVolume { files, image, identity_changed: false })
 }
@@ -453,7 +453,7 @@ fn make_data(path: &Path, size: u64, lock_wait: Duration) -> Result<File, OpenEr
         tracing::debug!(file = %path.display(), %error, "no extended attributes here: known by its inode");
     }
     file.sync_all().map_err(failed("flushing", path))?;
-    sync_directory(path)?;
+    durable::sync_directory_of(path).map_err(failed("flushing the directory of", path))?;
     Ok(file)
 }
 
@@ -465,20 +465,6 @@ fn write_image(file: &File, image: &mut Image) -> io::Result<()> {
         file.write_all_at(&bytes, offset)?;
     }
     file.sync_all()
-}
-
-fn sync_directory(of: &Path) -> Result<(), OpenError> {
-    let directory = match of.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    File::open(directory).and_then(|d| d.sync_all()).map_err(failed("flushing the directory", directory))
-}
-
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
 }
 
 fn random_tag() -> io::Result<[u8; TAG_LEN]> {
