@@ -68,6 +68,8 @@ pub struct Vm {
     share: Share,
     drives: Vec<Drive>,
     boots: u32,
+    /// Of a machine that is bound to one.
+    processor: Option<uml::Processor>,
     _dir: TempDir,
 }
 
@@ -94,7 +96,11 @@ impl Vm {
         if options.kind == Kind::Qemu {
             qemu::prepare(&image, dir.path())?;
         }
-        Ok(Self { machine: None, options, image, files, share, drives, boots: 0, _dir: dir })
+        let processor = match options.kind {
+            Kind::Uml => Some(uml::Processor::take()?),
+            Kind::Qemu => None,
+        };
+        Ok(Self { machine: None, options, image, files, share, drives, boots: 0, processor, _dir: dir })
     }
 
     /// A machine that is on.
@@ -330,9 +336,9 @@ impl Vm {
         }
         words.extend(self.options.words.iter().cloned());
         let (image, options, files, drives) = (&self.image, &self.options, &self.files, &self.drives);
-        match options.kind {
-            Kind::Uml => uml::command(image, options, files, drives, &words),
-            Kind::Qemu => Ok(qemu::command(image, options, files, drives, &words)),
+        match &self.processor {
+            Some(processor) => uml::command(image, options, processor, files, drives, &words),
+            None => Ok(qemu::command(image, options, files, drives, &words)),
         }
     }
 }
