@@ -22,6 +22,8 @@ pub struct Proc {
     child: Child,
     label: String,
     log: PathBuf,
+    /// Length of the log before it wrote.
+    from: u64,
 }
 
 impl Proc {
@@ -35,6 +37,7 @@ impl Proc {
             .append(true)
             .open(log)
             .with_context(|| format!("open the log {}", log.display()))?;
+        let from = out.metadata().with_context(|| format!("look at the log {}", log.display()))?.len();
         let err = out.try_clone().context("duplicate the log's descriptor")?;
         let child = command
             .stdin(Stdio::null())
@@ -42,7 +45,7 @@ impl Proc {
             .stderr(Stdio::from(err))
             .spawn()
             .with_context(|| format!("start {label} ({})", shown(command)))?;
-        Ok(Self { child, label: label.to_owned(), log: log.to_owned() })
+        Ok(Self { child, label: label.to_owned(), log: log.to_owned(), from })
     }
 
     /// Its pid.
@@ -57,10 +60,12 @@ impl Proc {
         &self.label
     }
 
-    /// What it has written so far.
+    /// What it has written so far; not what a process before it wrote to the same log.
     #[must_use]
     pub fn output(&self) -> String {
-        fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+        let log = fs::read(&self.log).unwrap_or_default();
+        let own = usize::try_from(self.from).ok().and_then(|from| log.get(from..)).unwrap_or_default();
+        String::from_utf8_lossy(own).into_owned()
     }
 
     /// Its exit status, if it has ended.

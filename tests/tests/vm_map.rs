@@ -13,12 +13,15 @@ use blkrepl_tests::bits::{Random, fresh_seed};
 use blkrepl_tests::evidence::keep_tree;
 use blkrepl_tests::report::{human, measured, skipped, step};
 use blkrepl_tests::scenario::fail;
-use blkrepl_tests::vm::{DiskKind, Kind, Vm, VmOptions, unavailable};
+use blkrepl_tests::vm::{DiskKind, Job, Kind, Vm, VmOptions, unavailable};
 use blkrepl_tests::wait::wait_until;
 
 /// Longest time for one round of each fault, all of them together, in a slow machine.
 const ROUND_LIMIT: Duration = Duration::from_secs(300);
 const CHECK_LIMIT: Duration = Duration::from_secs(240);
+/// Starts of one new cluster, and the longest time from its first write to the cut of power.
+const STARTS: usize = 3;
+const EARLY_MS: u64 = 4000;
 const DISK: u64 = 2 << 30;
 const MEMORY_MIB: u32 = 1536;
 
@@ -148,23 +151,64 @@ fn cut_under_load(vm: &mut Vm, round: u32, enough: u64) -> Result<u64> {
     let dir = format!("/disk/power{round}");
     let before = reported(vm.log());
     let job = vm.start(&command(&format!("load ext4 {dir} /dev/vm-log")), ROUND_LIMIT)?;
-    let mut ended = None;
-    let waited = wait_until("commits", CHECK_LIMIT, || {
-        let now = reported(vm.log());
-        ended = vm.finished(&job).transpose();
-        ended.is_some() || (now != before && now >= enough)
-    });
-    if let Some(ended) = ended {
-        return Err(anyhow!("the load ended: {}", ended?.text()));
-    }
-    waited?;
-    vm.cut_power()?;
-    let committed = reported(vm.log());
+    wait_reported(vm, &job, |now| now != before && now >= enough)?;
+    let committed = cut_and_boot(vm)?;
     ensure!(committed >= enough, "{committed} commits reported");
-    vm.boot()?;
-    let disk = vm.device(0);
-    run_in(vm, &format!("modprobe nbd && mkdir -p /disk && mount {disk} /disk"), CHECK_LIMIT)?;
     run_in(vm, &command(&format!("check ext4 {dir} {committed}")), CHECK_LIMIT)
         .with_context(|| format!("cut after {committed} commits"))?;
     Ok(committed)
+}
+
+/// Waits until what the machine says was reported, while this runs in it, is `enough`.
+fn wait_reported(vm: &Vm, job: &Job, enough: impl Fn(u64) -> bool) -> Result<()> {
+    let mut ended = None;
+    let waited = wait_until("what is reported", CHECK_LIMIT, || {
+        ended = vm.finished(job).transpose();
+        ended.is_some() || enough(reported(vm.log()))
+    });
+    match ended {
+        Some(ended) => Err(anyhow!("it ended: {}", ended?.text())),
+        None => waited,
+    }
+}
+
+/// Cuts the power, and boots with the disk mounted; what was reported before the cut.
+fn cut_and_boot(vm: &mut Vm) -> Result<u64> {
+    vm.cut_power()?;
+    let last = reported(vm.log());
+    vm.boot()?;
+    let disk = vm.device(0);
+    run_in(vm, &format!("modprobe nbd && mkdir -p /disk && mount {disk} /disk"), CHECK_LIMIT)?;
+    Ok(last)
+}
+
+#[test]
+fn a_cluster_whose_power_is_cut_as_soon_as_it_serves_serves_again() {
+    let seed = fresh_seed();
+    let name = "vm_map_again";
+    with_machine(name, |vm| {
+        step(name, &format!("seed {seed}"));
+        let mut random = Random::new(seed);
+        for round in 0..rounds() {
+            let told = with_evidence(vm, |vm| cut_early(vm, round, &mut random))?;
+            measured(name, &format!("cut after {told:?} writes: served again, all there"));
+        }
+        Ok(())
+    });
+}
+
+/// Starts a new cluster several times and cuts the power a moment after its device was written to. Each start looks
+/// whether what was reported before is there. How many writes were reported each time.
+fn cut_early(vm: &mut Vm, round: u32, random: &mut Random) -> Result<Vec<u64>> {
+    let mut told = Vec::new();
+    for _start in 0..STARTS {
+        let (before, last) = (reported(vm.log()), told.last().copied().unwrap_or(0));
+        let words = format!("write /disk/again{round} /dev/vm-log {last}");
+        let job = vm.start(&command(&words), ROUND_LIMIT)?;
+        wait_reported(vm, &job, |now| now != before && now > last)?;
+        // No condition to wait for: a cut may come at any moment.
+        std::thread::sleep(Duration::from_millis(random.below(EARLY_MS)));
+        told.push(cut_and_boot(vm)?);
+    }
+    Ok(told)
 }

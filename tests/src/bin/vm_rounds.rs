@@ -4,6 +4,7 @@
 //!     vm_rounds rounds ext4|xfs COUNT
 //!     vm_rounds load ext4|xfs DIR TELL
 //!     vm_rounds check ext4|xfs DIR COMMITTED
+//!     vm_rounds write DIR TELL LAST
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -28,6 +29,9 @@ fn run() -> Result<()> {
         ["load", kind, dir, tell] => power::load(file_system(kind)?, Path::new(dir), Path::new(tell)),
         ["check", kind, dir, committed] => {
             power::check(file_system(kind)?, Path::new(dir), committed.parse().context("COMMITTED")?)
+        }
+        ["write", dir, tell, last] => {
+            power::write_numbers(Path::new(dir), Path::new(tell), last.parse().context("LAST")?)
         }
         _ => bail!("wrong arguments {args:?}; see the head of vm_rounds.rs"),
     }

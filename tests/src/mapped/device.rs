@@ -65,14 +65,12 @@ impl Mapped {
     pub fn keep(&mut self) -> Result<()> {
         let mut command = Command::new(blkrepl()?);
         command.args(["map", "vol0", "--config"]).arg(&self.config);
-        let before = fs::read_to_string(&self.log).unwrap_or_default().len();
         let mut keeper = Proc::spawn("map", &mut command, &self.log)?;
         let device = wait_for("the device", LIMIT, || {
             let said = keeper.output();
             if let Some(status) = keeper.exited()? {
                 return Ok(Err(anyhow::anyhow!("blkrepl map ended with {status}: {said}")));
             }
-            let said = said.get(before..).unwrap_or(&said);
             let words = said.split_once("is mapped as ").context("it is not mapped")?.1;
             Ok(Ok(PathBuf::from(words.split_whitespace().next().unwrap_or_default())))
         })??;
