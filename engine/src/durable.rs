@@ -2,19 +2,23 @@
 //! with the directory that names it, before the call returns. A file system may otherwise keep the name for half a
 //! minute without the content, or neither.
 //!
-//! Never does: deciding what is in a file. A failure leaves what was there before.
+//! Never does: deciding what is in a file.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-/// Gives a file its content, all of it or none.
+/// Gives a file its content, all of it or none. It keeps its permissions; a symbolic link in its place becomes a file.
 ///
 /// # Errors
 /// The file system's; the file is as it was, or new.
 pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temp = with_suffix(path, ".new");
+    let before = fs::metadata(path).map(|before| before.permissions());
     let written = File::create(&temp).and_then(|mut file| {
+        if let Ok(permissions) = before {
+            file.set_permissions(permissions)?;
+        }
         file.write_all(bytes)?;
         file.sync_all()
     });
@@ -71,6 +75,8 @@ pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -78,8 +84,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         replace(&path, b"a long first content").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         replace(&path, b"second").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"second");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 

@@ -17,7 +17,7 @@ use super::environment::{Environment, System};
 use super::error::ControlError;
 use super::raft::{LogId, RaftNode, StoredMembership, Vote};
 use super::state::{ClusterState, StoreId, VolumeRecord};
-use super::store::{self, Machine, apply_offline};
+use super::store::{self, DbError, Machine, apply_offline};
 
 /// Distance from the highest known epoch to the epochs of the new cluster. The old cluster, should it live
 /// on somewhere, does not get there.
@@ -77,20 +77,20 @@ pub fn recover_force_in(
 ) -> Result<RecoverReport, ControlError> {
     let (db, _, boot) = store::open_uncounted(env, dir, me)?;
     let path = store::store_path(env, dir);
-    let damaged = |what: String| ControlError::Damaged { path: path.clone(), what };
-    let mut machine = db.machine().map_err(|e| damaged(e.to_string()))?;
+    let failed = |e: DbError| e.at(&path);
+    let mut machine = db.machine().map_err(failed)?;
     // What was committed for certain counts as well. What only stands in the log may never have been.
     let applied = machine.last_applied.map_or(0, |id| id.index);
-    let committed = db.committed().map_err(|e| damaged(e.to_string()))?.map_or(0, |id| id.index);
-    let entries = db.entries(applied + 1..committed.max(applied) + 1).map_err(|e| damaged(e.to_string()))?;
+    let committed = db.committed().map_err(failed)?.map_or(0, |id| id.index);
+    let entries = db.entries(applied + 1..committed.max(applied) + 1).map_err(failed)?;
     apply_offline(&mut machine, entries);
     if !machine.state.nodes.contains_key(&me) {
         return Err(ControlError::Options(format!(
             "{me} never belonged to a cluster, so there is nothing to recover; start it with its founders"
         )));
     }
-    let last_term = db.last_entry().map_err(|e| damaged(e.to_string()))?.map_or(0, |id| id.leader_id.term);
-    let vote_term = db.vote().map_err(|e| damaged(e.to_string()))?.map_or(0, |v| v.leader_id.term);
+    let last_term = db.last_entry().map_err(failed)?.map_or(0, |id| id.leader_id.term);
+    let vote_term = db.vote().map_err(failed)?.map_or(0, |v| v.leader_id.term);
     let term = last_term.max(vote_term).max(machine.last_applied.map_or(0, |id| id.leader_id.term)) + 1;
 
     let random = || env.random().map_err(ControlError::io("cannot draw a random number"));
@@ -110,7 +110,7 @@ pub fn recover_force_in(
         lineages.push(LineageId(random()?));
     }
     rewrite(&mut machine, cluster, store, me, lineages, &mut report);
-    machine.state.check().map_err(damaged)?;
+    machine.state.check().map_err(|what| ControlError::Damaged { path: path.clone(), what })?;
     store::restart_as(
         env.store_dir(dir).as_ref(),
         &db,

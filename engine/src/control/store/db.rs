@@ -6,12 +6,15 @@
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::io::ErrorKind;
 use std::ops::RangeBounds;
+use std::path::Path;
 use thiserror::Error;
 
 use crate::types::{ClusterId, Incarnation};
 
 use super::super::codec::{self, CodecError};
+use super::super::error::ControlError;
 use super::super::raft::{Entry, LogId, SnapshotMeta, StoredMembership, Vote};
 use super::super::state::{ClusterState, StoreId};
 use super::StoreIdentity;
@@ -44,6 +47,23 @@ pub(in super::super) enum DbError {
     Codec(#[from] CodecError),
     #[error("value of `{0}` is missing or makes no sense")]
     Value(String),
+}
+
+impl DbError {
+    /// What it means for the store at `path`. A disk that is full or fails says nothing against what is stored.
+    pub(in super::super) fn at(self, path: &Path) -> ControlError {
+        let path = path.to_owned();
+        match self {
+            Self::InUse => ControlError::InUse(path),
+            // Bytes that are missing, or make no sense: damage.
+            Self::Redb(redb::Error::Io(source))
+                if !matches!(source.kind(), ErrorKind::UnexpectedEof | ErrorKind::InvalidData) =>
+            {
+                ControlError::Io { what: format!("cannot use {}", path.display()), source }
+            }
+            other => ControlError::Damaged { path, what: other.to_string() },
+        }
+    }
 }
 
 macro_rules! from_redb {

@@ -24,7 +24,7 @@ use super::raft::Vote;
 use super::state::StoreId;
 
 use backend::Backend;
-pub(super) use db::{Db, Machine};
+pub(super) use db::{Db, DbError, Machine};
 pub(super) use machine::{StateMachine, apply_offline, decode_snapshot};
 pub use worker::StoreWorker;
 pub(super) use worker::{Closed, StoreHandle};
@@ -78,8 +78,8 @@ pub(super) fn create(env: &dyn Environment, dir: &Path, me: NodeId) -> Result<St
     let file = files
         .create(STORE_FILE_NEW)
         .map_err(ControlError::io(format!("cannot create {}", temp.display())))?;
-    let damaged = |e: db::DbError| ControlError::Damaged { path: temp.clone(), what: e.to_string() };
-    Db::create_on(Backend::new(file).map_err(damaged)?, identity).map_err(damaged)?;
+    let failed = |e: DbError| e.at(&temp);
+    Db::create_on(Backend::new(file).map_err(failed)?, identity).map_err(failed)?;
     boot::write(files, identity.store, 0)?;
     files
         .rename(STORE_FILE_NEW, STORE_FILE)
@@ -106,22 +106,20 @@ pub(super) fn open_uncounted(
         Ok(_) => {}
     }
     let (boot_store, boot_file) = boot::read(files)?;
-    let damaged = |what: String| ControlError::Damaged { path: path.clone(), what };
+    let failed = |e: DbError| e.at(&path);
     let file = files.open(STORE_FILE).map_err(ControlError::io(format!("cannot open {}", path.display())))?;
-    let db = Backend::new(file).and_then(Db::open_on).map_err(|e| match e {
-        db::DbError::InUse => ControlError::InUse(path.clone()),
-        e => damaged(e.to_string()),
-    })?;
-    let identity = db.identity().map_err(|e| damaged(e.to_string()))?;
+    let db = Backend::new(file).and_then(Db::open_on).map_err(failed)?;
+    let identity = db.identity().map_err(failed)?;
     if identity.node != me {
         return Err(ControlError::OtherNode { path: path.clone(), found: identity.node, me });
     }
     // The file still names the identity before a recovery if the process died right after that.
-    let before = db.identity_before().map_err(|e| damaged(e.to_string()))?;
+    let before = db.identity_before().map_err(failed)?;
     if identity.store != boot_store && before != Some(boot_store) {
-        return Err(damaged(format!("the file `boot` beside it belongs to store {boot_store}")));
+        let what = format!("the file `boot` beside it belongs to store {boot_store}");
+        return Err(ControlError::Damaged { path, what });
     }
-    let boot = db.boot().map_err(|e| damaged(e.to_string()))?;
+    let boot = db.boot().map_err(failed)?;
     if boot < boot_file && !mutated(Mutation::R13) {
         return Err(ControlError::RolledBack { path, store: boot, file: boot_file });
     }
@@ -132,15 +130,15 @@ pub(super) fn open_uncounted(
 pub(super) fn open(env: &dyn Environment, dir: &Path, me: NodeId) -> Result<Opened, ControlError> {
     let (db, identity, boot) = open_uncounted(env, dir, me)?;
     let path = store_path(env, dir);
-    let damaged = |e: db::DbError| ControlError::Damaged { path: path.clone(), what: e.to_string() };
-    if let Some(newest) = db.outdated().map_err(damaged)? {
+    let failed = |e: DbError| e.at(&path);
+    if let Some(newest) = db.outdated().map_err(failed)? {
         return Err(ControlError::Outdated { path, newest });
     }
-    let boot = boot.checked_add(1).ok_or_else(|| damaged(db::DbError::Value("boot counter".into())))?;
+    let boot = boot.checked_add(1).ok_or_else(|| failed(DbError::Value("boot counter".into())))?;
     // The store first: if the process dies in between, the file is behind, which is harmless.
-    db.set_boot(boot).map_err(damaged)?;
+    db.set_boot(boot).map_err(failed)?;
     boot::write(env.store_dir(dir).as_ref(), identity.store, boot)?;
-    let cluster = db.cluster().map_err(damaged)?;
+    let cluster = db.cluster().map_err(failed)?;
     let random = env.random().map_err(ControlError::io("cannot draw a random number"))?;
     let nonce = random as u64;
     Ok(Opened { db, identity, incarnation: Incarnation::of_start(boot, nonce), cluster })
@@ -156,9 +154,11 @@ pub(super) fn restart_as(
     cluster: ClusterId,
     vote: &Vote,
 ) -> Result<(), ControlError> {
+    let failed = |e: DbError| e.at(&files.path(STORE_FILE));
+    // The file may still name the identity before an earlier recovery. The store knows one identity back, no more.
+    boot::write(files, db.identity().map_err(failed)?.store, boot)?;
     // One transaction: the store is of the old cluster or of the new one. The file beside it follows; until
     // it does the store knows it by the identity that it had before.
-    db.restart_from(machine, cluster, vote, store)
-        .map_err(|e| ControlError::Damaged { path: files.path(STORE_FILE), what: e.to_string() })?;
+    db.restart_from(machine, cluster, vote, store).map_err(failed)?;
     boot::write(files, store, boot)
 }

@@ -13,7 +13,7 @@ use redb::{BackendError, StorageBackend};
 
 use crate::types::{ClusterId, LogIndex, Nanos, NodeId};
 
-use super::super::environment::{Listener, Pending, Stream, System};
+use super::super::environment::{Listener, Pending, StoreFile, Stream, System};
 use super::super::error::ControlError;
 use super::super::raft::{Entry, LogId, StorageError, TypeConfig, Vote};
 use super::super::state::StoreId;
@@ -368,7 +368,6 @@ fn r19_a_recovery_that_dies_before_the_boot_file_is_written_is_whole() {
     restart_as(files.as_ref(), &db, boot, new, &Machine::default(), cluster, &Vote::new(3, 1)).unwrap();
     drop(db);
     fs::write(boot_path(dir.path()), before).unwrap();
-    // Recovering once more would do as well as starting.
     drop(open_uncounted(&system(), dir.path(), NodeId(1)).unwrap());
     let opened = open(dir.path(), NodeId(1)).unwrap();
     assert_eq!((opened.identity.store, opened.cluster), (new, Some(cluster)));
@@ -383,6 +382,72 @@ fn r19_a_recovery_that_dies_before_the_boot_file_is_written_is_whole() {
     create(other.path(), NodeId(1)).unwrap();
     fs::copy(boot_path(other.path()), boot_path(dir.path())).unwrap();
     assert!(matches!(open(dir.path(), NodeId(1)), Err(ControlError::Damaged { .. })));
+}
+
+/// A directory on a disk that takes so many more files and is full then.
+struct Filling {
+    dir: Box<dyn StoreDir>,
+    left: std::cell::Cell<u32>,
+}
+
+impl StoreDir for Filling {
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path(name)
+    }
+    fn create_dir(&self) -> io::Result<()> {
+        self.dir.create_dir()
+    }
+    fn exists(&self, name: &str) -> bool {
+        self.dir.exists(name)
+    }
+    fn len(&self, name: &str) -> io::Result<u64> {
+        self.dir.len(name)
+    }
+    fn read(&self, name: &str) -> io::Result<Vec<u8>> {
+        self.dir.read(name)
+    }
+    fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let left = self.left.get().checked_sub(1).ok_or(io::ErrorKind::StorageFull)?;
+        self.left.set(left);
+        self.dir.replace(name, bytes)
+    }
+    fn create(&self, name: &str) -> io::Result<StoreFile> {
+        self.dir.create(name)
+    }
+    fn open(&self, name: &str) -> io::Result<StoreFile> {
+        self.dir.open(name)
+    }
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.dir.rename(from, to)
+    }
+}
+
+#[test]
+fn r19_recoveries_that_die_before_the_boot_file_is_written_leave_a_store_that_opens() {
+    for room in [0, 1] {
+        let dir = tempfile::tempdir().unwrap();
+        let old = create(dir.path(), NodeId(1)).unwrap();
+        drop(open(dir.path(), NodeId(1)).unwrap());
+        for attempt in 1..=3 {
+            let (db, _, boot) = open_uncounted(&system(), dir.path(), NodeId(1)).unwrap();
+            let full = Filling { dir: system().store_dir(dir.path()), left: room.into() };
+            let (new, cluster) = (StoreId(old.0 ^ attempt), ClusterId(attempt));
+            let tried = restart_as(&full, &db, boot, new, &Machine::default(), cluster, &Vote::new(3, 1));
+            assert!(matches!(tried, Err(ControlError::Io { .. })), "{tried:?}");
+        }
+        let opened = open(dir.path(), NodeId(1)).unwrap();
+        // Where nothing could be written, nothing was done.
+        assert_eq!(opened.cluster, (room > 0).then_some(ClusterId(3)));
+    }
+}
+
+#[test]
+fn a_full_disk_is_not_taken_for_damage() {
+    let path = Path::new("/d/control.redb");
+    let of = |kind: io::ErrorKind| DbError::Redb(redb::Error::Io(kind.into())).at(path);
+    assert!(matches!(of(io::ErrorKind::StorageFull), ControlError::Io { .. }));
+    assert!(matches!(of(io::ErrorKind::UnexpectedEof), ControlError::Damaged { .. }));
+    assert!(of(io::ErrorKind::StorageFull).to_string().contains("control.redb"));
 }
 
 #[test]
