@@ -3,9 +3,9 @@
 //! Always replaced whole (temporary file, rename), so that a reader never sees half of it, and only
 //! when it changed.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use blkrepl_engine::durable;
 use serde::{Deserialize, Serialize};
 
 /// Name of the file in the `dev` directory.
@@ -57,12 +57,9 @@ pub fn read(dir: &Path) -> Option<ClusterJson> {
 /// # Errors
 /// The file system's.
 pub fn write(dir: &Path, content: &ClusterJson) -> std::io::Result<()> {
-    let mut temp = tempfile::NamedTempFile::new_in(dir)?;
     let mut text = serde_json::to_vec_pretty(content)?;
     text.push(b'\n');
-    temp.write_all(&text)?;
-    temp.persist(dir.join(FILE_NAME)).map_err(|e| e.error)?;
-    Ok(())
+    durable::replace(&dir.join(FILE_NAME), &text)
 }
 
 #[cfg(test)]

@@ -50,20 +50,18 @@ impl DevCluster {
         let dir = dir.canonicalize()?;
         let lock = DirLock::take(&dir, DEV_LOCK, "dev")?;
         let known = cluster_json::read(&dir).filter(|known| known.volume == volume);
-        let mut supervisor = Supervisor::open(&dir, volume, timing)?;
-        supervisor.start_all()?;
         let mut dev = Self {
-            supervisor,
+            supervisor: Supervisor::open(&dir, volume, timing)?,
             shown: None,
             size: known.as_ref().map_or(size, |known| known.size),
             _lock: lock,
         };
-        let formed = match known {
+        let started = dev.supervisor.start_all().and_then(|()| match known {
             // Carried on with: tools may look at once, even if not all nodes can start.
             Some(_) => dev.refresh(),
             None => dev.form(size, durability, interrupt),
-        };
-        if let Err(error) = formed.and_then(|()| dev.set_lease(timing, interrupt)) {
+        });
+        if let Err(error) = started.and_then(|()| dev.set_lease(timing, interrupt)) {
             dev.supervisor.stop_all();
             return Err(error);
         }
@@ -194,6 +192,7 @@ pub fn run(args: &DevArgs) -> anyhow::Result<()> {
         DevCluster::start(&args.dir, &args.volume, args.size, durability, &args.timing, &interrupt)?;
     println!("{}", usage(&dev));
     watch_service(dev.admins(), args.volume.clone(), interrupt.clone());
+    let mut told = None;
     while !interrupt.is_set() {
         for ended in dev.supervisor.reap() {
             println!(
@@ -204,7 +203,12 @@ pub fn run(args: &DevArgs) -> anyhow::Result<()> {
                 ended.config.display()
             );
         }
-        dev.refresh()?;
+        // A full disk, say. The nodes run on, so their supervisor does; it tries again at the next tick.
+        let error = dev.refresh().err().map(|error| format!("{error:#}"));
+        if let Some(error) = error.as_ref().filter(|_| error != told) {
+            eprintln!("blkrepl dev: {error}");
+        }
+        told = error;
         std::thread::sleep(TICK);
     }
     println!("stopping");

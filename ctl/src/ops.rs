@@ -23,9 +23,9 @@ use crate::cli::{DurabilityArg, SharingArg};
 use crate::config::check_name;
 use crate::events::Happening;
 use crate::render;
-use crate::serve::files;
 use crate::serve::node::Node;
 use crate::serve::status::{Gathered, OwnReplicas, node_name};
+use crate::serve::{files, left_over};
 
 /// How long another node may take to say how its replicas are.
 const STATUS_CALL_TIMEOUT: Duration = Duration::from_millis(400);
@@ -206,10 +206,16 @@ async fn begin(node: &Arc<Node>, volume: VolumeId, to: Option<NodeId>) -> NodeAn
 
 async fn prepare(node: &Arc<Node>, new: NewVolume) -> Result<Member, String> {
     let me = node.me();
-    let cluster = node.state().cluster.ok_or("the cluster is not formed yet")?;
+    let state = node.state();
+    let cluster = state.cluster.ok_or("the cluster is not formed yet")?;
     let place = files::Place::of(&node.config, &new.name);
     let os_boot = node.os_boot;
-    let made = tokio::task::spawn_blocking(move || files::create_first(&place, &new, cluster, me, os_boot));
+    let made = tokio::task::spawn_blocking(move || {
+        if left_over::remove(&place, cluster, me.node, &state)? {
+            tracing::info!(volume = %new.name, "removed the files of a creation that an earlier run did not end");
+        }
+        files::create_first(&place, &new, cluster, me, os_boot)
+    });
     made.await.map_err(|e| format!("making the files panicked: {e}"))?.map_err(|e| e.to_string())?;
     Ok(me)
 }

@@ -69,6 +69,11 @@ impl Place {
         let (data, meta) = config.volume_paths(volume);
         Self { name: volume.to_string(), paths: VolumePaths { data, meta } }
     }
+
+    /// The files.
+    pub fn paths(&self) -> &VolumePaths {
+        &self.paths
+    }
 }
 
 /// What the files must belong to.
@@ -267,7 +272,15 @@ pub fn remove_first(place: &Place, new: &NewVolume, me: NodeId) -> Result<(), Op
         geometry: new.geometry,
         other_slots: slots.filter(|(_, n)| **n != me).map(|(s, _)| s).collect(),
     };
-    let open = reactor::open(&place.paths, &expected, LOCK_WAIT_DEFAULT)?;
+    remove_made(place, &expected)
+}
+
+/// Removes the files of a replica that is no member of anything.
+///
+/// # Errors
+/// They are not those that are expected, somebody has them open, or they cannot be removed.
+pub(super) fn remove_made(place: &Place, expected: &Expected) -> Result<(), OpenError> {
+    let open = reactor::open(&place.paths, expected, LOCK_WAIT_DEFAULT)?;
     // The metadata goes last: as long as it is there, nobody else makes files at this place.
     if !is_block_device(&place.paths.data) {
         remove_file(&place.paths.data)?;
@@ -336,7 +349,7 @@ fn is_block_device(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device())
 }
 
-fn is_unwritten(path: &Path) -> bool {
+pub(super) fn is_unwritten(path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.blocks() == 0)
 }

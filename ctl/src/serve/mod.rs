@@ -10,6 +10,7 @@ pub mod attachments;
 pub mod client_host;
 pub mod exports;
 pub mod files;
+pub mod left_over;
 pub mod node;
 pub mod passed;
 pub mod peers;

@@ -22,7 +22,9 @@ use rustix::fs::{AtFlags, FileType, FlockOperation, OFlags, StatxFlags, XattrFla
 use thiserror::Error;
 
 use crate::durable;
-use crate::meta::{DataIdentity, Image, ImageError, Superblock, SuperblockError};
+use crate::meta::{
+    DataIdentity, Image, ImageError, SUPERBLOCK_LEN, Superblock, SuperblockCopy, SuperblockError, read_pair,
+};
 use crate::mutation::{Mutation, mutated};
 use crate::types::{ClusterId, Geometry, NodeId, ReplicaSlot, VolumeId};
 use crate::wire::BaseContent;
@@ -263,6 +265,21 @@ pub fn open(paths: &VolumePaths, expected: &Expected, lock_wait: Duration) -> Re
         geometry: expected.geometry,
     };
     Ok(OpenVolume { files, image, identity_changed })
+}
+
+/// What the metadata of a replica says of it, whatever it belongs to. Nothing is locked: somebody may write it.
+///
+/// # Errors
+/// There is none, or it cannot be used.
+pub fn superblock_of(paths: &VolumePaths) -> Result<Superblock, OpenError> {
+    let meta = open_existing(&paths.meta, Part::Meta)?;
+    let mut copies = [SuperblockCopy::A, SuperblockCopy::B].map(|copy| (copy, [0; SUPERBLOCK_LEN]));
+    for (copy, bytes) in &mut copies {
+        read_or_zero(&meta, copy.offset(), bytes).map_err(failed("reading", &paths.meta))?;
+    }
+    let [(_, a), (_, b)] = copies;
+    let read = read_pair(&a, &b);
+    read.map(|(found, ..)| found).map_err(|source| OpenError::Superblock { path: paths.meta.clone(), source })
 }
 
 /// Makes the files of a new replica: a sparse data file (a block device is taken as it is) and its
