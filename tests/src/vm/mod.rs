@@ -336,9 +336,9 @@ impl Vm {
         }
         words.extend(self.options.words.iter().cloned());
         let (image, options, files, drives) = (&self.image, &self.options, &self.files, &self.drives);
-        match &self.processor {
-            Some(processor) => uml::command(image, options, processor, files, drives, &words),
-            None => Ok(qemu::command(image, options, files, drives, &words)),
+        match options.kind {
+            Kind::Uml => uml::command(image, options, self.processor.as_ref(), files, drives, &words),
+            Kind::Qemu => Ok(qemu::command(image, options, files, drives, &words)),
         }
     }
 }

@@ -28,7 +28,7 @@ pub(super) fn overlay(dir: &Path) -> PathBuf {
     dir.join("root.cow")
 }
 
-/// How many machines run on each processor.
+/// How many of this process's machines have each processor.
 static TAKEN: Mutex<BTreeMap<usize, u32>> = Mutex::new(BTreeMap::new());
 
 /// The processor that a machine runs on, of those that this process may use the one with the fewest machines. A
@@ -62,7 +62,7 @@ impl Drop for Processor {
 pub(super) fn command(
     image: &Image,
     options: &VmOptions,
-    processor: &Processor,
+    processor: Option<&Processor>,
     files: &Files,
     drives: &[Drive],
     words: &[String],
@@ -71,7 +71,10 @@ pub(super) fn command(
     // Only a shell gives a program a third descriptor, for what goes to the guest's log.
     let mut command = Command::new("sh");
     command.args(["-c", "exec \"$@\" 3>>\"$0\""]).arg(&files.log);
-    command.args(["taskset", "--cpu-list", &processor.0.to_string()]).arg(program);
+    if let Some(processor) = processor {
+        command.args(["taskset", "--cpu-list", &processor.0.to_string()]);
+    }
+    command.arg(program);
     command.env("LD_PRELOAD", preload);
     command.arg(format!("mem={}M", options.memory_mib));
     command.arg(format!("ubd0={},{}", overlay(&files.dir).display(), image.root().display()));
