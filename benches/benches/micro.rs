@@ -123,6 +123,8 @@ fn core_steps(c: &mut Criterion) {
     let (mut primary, mut secondary) = Core::pair();
     group.bench_function("read_alone", |b| b.iter(|| alone.read()));
     group.bench_function("write_alone", |b| b.iter(|| alone.write_alone()));
+    let mut scattered = Core::scattered();
+    group.bench_function("write_alone_sets_intent", |b| b.iter(|| scattered.write_alone()));
     group.bench_function("read_primary", |b| b.iter(|| primary.read()));
     group.bench_function("write_primary", |b| b.iter(|| primary.write_replicated()));
     group.bench_function("write_secondary", |b| b.iter(|| secondary.follow_write()));

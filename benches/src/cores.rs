@@ -21,10 +21,12 @@ use blkrepl_engine::wire::{BaseContent, BufId, Payload, PeerMsg, SessionId, Writ
 const VOLUME_BYTES: u64 = 1 << 30;
 const BLOCK_BYTES: u32 = 4096;
 const REGION_BYTES: u32 = 1 << 20;
-/// Blocks that requests go to: 16 regions, few enough that all of them stay in the intent map.
-const BLOCKS: u64 = 4096;
-/// From one request to the next, so that neighbours in time are none in space. Odd: all blocks have their turn.
-const STEP: u64 = 37;
+/// Requests to begin with, as many as there are blocks in 16 regions.
+const WARM_UP: u64 = 4096;
+/// Within 16 regions, few enough that all of them stay in the intent map.
+const HOT: Walk = Walk { blocks: 4096, step: 37 };
+/// Over the whole volume, each request in another region than the one before: four times as many regions as may be set.
+const SCATTERED: Walk = Walk { blocks: VOLUME_BYTES / BLOCK_BYTES as u64, step: 37 * 256 + 1 };
 const NOW: Nanos = Nanos(1_000_000_000);
 const REIGN: Reign = Reign(2);
 /// The buffer of the one request in flight.
@@ -33,11 +35,20 @@ const CONN: ConnId = ConnId(1);
 /// Both ends of the one session of a pair call it this.
 const SESSION: SessionId = SessionId(1);
 
+/// Where requests go: so many blocks, and from one request to the next, so that neighbours in time are none in space.
+/// Odd: all blocks have their turn.
+#[derive(Clone, Copy)]
+struct Walk {
+    blocks: u64,
+    step: u64,
+}
+
 /// One replica, and what stands in for its driver.
 pub struct Core {
     replica: Replica,
     next_cookie: u64,
     next_seq: u64,
+    walk: Walk,
     block: u64,
     /// Requests that were answered well.
     answered: u64,
@@ -53,6 +64,18 @@ impl Core {
     #[must_use]
     pub fn alone() -> Self {
         let mut core = Self::start(0, 1);
+        core.settle();
+        core.warm_up("a volume with one replica", Self::write_alone)
+    }
+
+    /// The only replica of a volume, each of whose requests goes to another region: its intent has to be set, and that
+    /// of an older one cleared to make room.
+    ///
+    /// # Panics
+    /// If it does not serve.
+    #[must_use]
+    pub fn scattered() -> Self {
+        let mut core = Self { walk: SCATTERED, ..Self::start(0, 1) };
         core.settle();
         core.warm_up("a volume with one replica", Self::write_alone)
     }
@@ -91,15 +114,22 @@ impl Core {
         let mut replica = Replica::new(boot);
         replica.handle_config(NOW, config(replicas));
         replica.handle_lease(NOW, Lease { until: Nanos(u64::MAX) });
-        let mut core =
-            Self { replica, next_cookie: 1, next_seq: 1, block: 0, answered: 0, sent: Vec::with_capacity(4) };
+        let mut core = Self {
+            replica,
+            next_cookie: 1,
+            next_seq: 1,
+            walk: HOT,
+            block: 0,
+            answered: 0,
+            sent: Vec::with_capacity(4),
+        };
         core.settle();
         core
     }
 
-    /// Goes through all blocks once, so that every region's intent is set and every table has its size.
+    /// Begins with many requests, so that every table has its size and, of a hot volume, every region's intent is set.
     fn warm_up(mut self, what: &str, step: fn(&mut Self)) -> Self {
-        for n in 1..=BLOCKS {
+        for n in 1..=WARM_UP {
             step(&mut self);
             assert_eq!(self.answered, n, "{what} does not answer: {:?}", self.replica.status());
         }
@@ -183,7 +213,7 @@ impl Core {
     }
 
     fn next_block(&mut self) -> u64 {
-        self.block = (self.block + STEP) % BLOCKS;
+        self.block = (self.block + self.walk.step) % self.walk.blocks;
         self.block
     }
 }
@@ -261,6 +291,7 @@ mod tests {
         };
         assert_eq!(answers(&mut alone, Core::read), 1);
         assert_eq!(answers(&mut alone, Core::write_alone), 1);
+        assert_eq!(answers(&mut Core::scattered(), Core::write_alone), 1);
         assert_eq!(answers(&mut primary, Core::read), 1);
         assert_eq!(answers(&mut primary, Core::write_replicated), 1);
         assert_eq!(answers(&mut secondary, Core::follow_write), 1);

@@ -31,6 +31,8 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 const SIZE: u64 = 16 << 20;
 const BLOCK: usize = 4096;
+/// A request that takes a buffer of its own size.
+const LARGE: usize = 64 << 10;
 /// Windows that are tried before it counts as shown that each request allocates.
 const WINDOWS: usize = 400;
 /// Requests in a window.
@@ -53,7 +55,7 @@ fn geometry() -> Geometry {
     Geometry::new(SIZE, 4096, 1 << 20).unwrap()
 }
 
-fn config() -> ConfigView {
+fn config(replicas: u8) -> ConfigView {
     let replica = |n: u8| ReplicaView {
         node: NodeId(u64::from(n) + 1),
         slot: ReplicaSlot(n),
@@ -66,8 +68,8 @@ fn config() -> ConfigView {
         epoch: Epoch(2),
         reign: Reign(2),
         primary: Some(member(1)),
-        in_sync: vec![member(1), member(2)],
-        replicas: vec![replica(0), replica(1)],
+        in_sync: (1..=u64::from(replicas)).map(member).collect(),
+        replicas: (0..replicas).map(replica).collect(),
         lineage: LineageId(3),
         history: Vec::new(),
         geometry: geometry(),
@@ -76,7 +78,7 @@ fn config() -> ConfigView {
 }
 
 /// A replica of a volume whose replicas were in sync when they stopped.
-fn replica(dir: &tempfile::TempDir, n: u8) -> VolumeHandle {
+fn replica(dir: &tempfile::TempDir, n: u8, replicas: u8) -> VolumeHandle {
     let me = member(u64::from(n) + 1);
     let paths = VolumePaths {
         data: dir.path().join(format!("{n}.data")),
@@ -101,22 +103,25 @@ fn replica(dir: &tempfile::TempDir, n: u8) -> VolumeHandle {
         identity: DataIdentity::default(),
         clean: None,
     };
-    let open = reactor::create(&paths, superblock, &[ReplicaSlot(1 - n)], true, Duration::ZERO).unwrap();
+    let others: Vec<ReplicaSlot> = (0..replicas).filter(|other| *other != n).map(ReplicaSlot).collect();
+    let open = reactor::create(&paths, superblock, &others, true, Duration::ZERO).unwrap();
     let image = open.image;
     let core =
         move |now| Replica::new(Boot { me, os_boot: 0, image, data_replaced: false, failed: None, now });
     let handle = reactor::spawn(core, open.files, Box::new(Quiet), ReactorOptions::new("test")).unwrap();
-    handle.config(config());
+    handle.config(config(replicas));
     handle.lease(Lease { until: Nanos(u64::MAX / 2) });
     handle
 }
 
-/// A client that sends plain requests and allocates nothing while it does.
+/// A client that sends plain requests of whole blocks and allocates nothing while it does.
 struct Client {
     socket: UnixStream,
     out: Vec<u8>,
     content: Vec<u8>,
     at: u64,
+    /// Bytes of a read or write.
+    len: usize,
 }
 
 impl Client {
@@ -132,13 +137,13 @@ impl Client {
     /// `depth` requests at once, and their answers.
     fn round(&mut self, command: u16, depth: usize) {
         self.out.clear();
-        let len = if command == NBD_CMD_FLUSH { 0 } else { BLOCK };
+        let len = if command == NBD_CMD_FLUSH { 0 } else { self.len };
         for _ in 0..depth {
-            self.at = (self.at + 37 * BLOCK as u64) % SIZE;
+            self.at = (self.at + 37 * self.len as u64) % SIZE;
             self.push(command, if len == 0 { 0 } else { self.at }, len);
         }
         self.socket.write_all(&self.out).unwrap();
-        let answer = SIMPLE_REPLY_LEN + if command == NBD_CMD_READ { BLOCK } else { 0 };
+        let answer = SIMPLE_REPLY_LEN + if command == NBD_CMD_READ { len } else { 0 };
         self.out.resize(answer * depth, 0);
         self.socket.read_exact(&mut self.out).unwrap();
         assert!(self.out.chunks(answer).all(|a| a[4..8] == [0; 4]), "an answer with an error");
@@ -170,22 +175,14 @@ fn wait_until(what: &str, holds: impl Fn() -> bool) {
     }
 }
 
-#[test]
-fn a_request_allocates_nothing_in_steady_state() {
-    let dir = tempfile::tempdir().unwrap();
-    let (primary, secondary) = (replica(&dir, 0), replica(&dir, 1));
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (there, _) = listener.accept().unwrap();
-    primary.peer_connected(member(2).node, member(2).incarnation, here);
-    secondary.peer_connected(member(1).node, member(1).incarnation, there);
-    wait_until("the primary serves", || primary.status().serving);
-
+/// Connects a client to a volume, and uses every region and every pool until it has what it needs.
+fn connect(volume: &VolumeHandle) -> Client {
+    wait_until("the primary serves", || volume.status().serving);
     let (socket, there) = UnixStream::pair().unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let session = Box::new(Session::new(&ExportInfo::new("vol0", SIZE), Replies::Simple));
     let (theirs, guard) = (OwnedFd::from(there), Box::new(|_| ()));
-    primary.client_connected(NewClient {
+    volume.client_connected(NewClient {
         key: ClientKey(1),
         socket: theirs,
         session: None,
@@ -193,9 +190,13 @@ fn a_request_allocates_nothing_in_steady_state() {
         name: "test".into(),
         guard,
     });
-    let (out, content) = (Vec::with_capacity(1 << 20), vec![7; BLOCK]);
-    let mut client = Client { socket, out, content, at: 0 };
-    // Every region is in use, every pool has what it needs.
+    let (out, content) = (Vec::with_capacity(4 << 20), vec![7; LARGE]);
+    Client { socket, out, content, at: 0, len: BLOCK }
+}
+
+/// Looks at requests of one length, at each depth; what of them allocates.
+fn look(client: &mut Client, who: &str, len: usize, depths: &[usize]) -> Vec<String> {
+    client.len = len;
     for _ in 0..200 {
         [NBD_CMD_WRITE, NBD_CMD_READ].iter().for_each(|command| client.round(*command, 32));
     }
@@ -206,17 +207,45 @@ fn a_request_allocates_nothing_in_steady_state() {
     ];
     let mut wrong = Vec::new();
     for (name, commands) in jobs {
-        for depth in [1, 8] {
-            let allocations = fewest(&mut client, commands, depth);
-            println!("{name}, depth {depth}: {allocations} allocations in {REQUESTS} requests");
+        for depth in depths {
+            let allocations = fewest(client, commands, *depth);
+            let what = format!("{who}: {name} of {} KiB, depth {depth}: {allocations}", len >> 10);
+            println!("{what} allocations in {REQUESTS} requests");
             if allocations > 0 {
-                wrong.push((name, depth, allocations));
+                wrong.push(what);
             }
         }
     }
+    wrong
+}
+
+fn stop(volume: &VolumeHandle) {
+    volume.stop();
+    assert!(volume.wait_stopped(Duration::from_secs(20)));
+}
+
+// One test: the allocator counts for the whole process.
+#[test]
+fn a_request_allocates_nothing_in_steady_state() {
+    let dir = tempfile::tempdir().unwrap();
+    let (primary, secondary) = (replica(&dir, 0, 2), replica(&dir, 1, 2));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (there, _) = listener.accept().unwrap();
+    primary.peer_connected(member(2).node, member(2).incarnation, here);
+    secondary.peer_connected(member(1).node, member(1).incarnation, there);
+    let mut client = connect(&primary);
+    let mut wrong = look(&mut client, "replicated", BLOCK, &[1, 8, 32]);
+    wrong.extend(look(&mut client, "replicated", LARGE, &[1, 8]));
+    drop(client);
+    stop(&primary);
+    stop(&secondary);
+
+    let dir = tempfile::tempdir().unwrap();
+    let alone = replica(&dir, 0, 1);
+    let mut client = connect(&alone);
+    wrong.extend(look(&mut client, "alone", BLOCK, &[1, 8, 32]));
+    drop(client);
+    stop(&alone);
     assert!(wrong.is_empty(), "{wrong:?}");
-    for volume in [primary, secondary] {
-        volume.stop();
-        assert!(volume.wait_stopped(Duration::from_secs(20)));
-    }
 }

@@ -17,8 +17,8 @@ struct Cli {
     /// Rounds.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..))]
     rounds: u8,
-    /// MiB of the volume, all of which is resynced.
-    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(16..1 << 20))]
+    /// MiB of the volume, all of which is resynced. Of a small one the hand-shake and the join are a large part.
+    #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(16..1 << 20))]
     size: u64,
     /// Measured seconds of whatever is not a resync.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..600))]

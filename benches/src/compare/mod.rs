@@ -50,7 +50,7 @@ pub(crate) const WARM_UP: Duration = Duration::from_millis(300);
 /// Longest time for writing all of a server's area once.
 const FILL_LIMIT: Duration = Duration::from_secs(600);
 /// Copies of the area that all servers of a place take together.
-const COPIES: u64 = 16;
+const COPIES: u64 = 20;
 
 /// How clients reach the servers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +87,7 @@ pub struct CompareOptions {
 pub fn compare(options: &CompareOptions) -> Result<()> {
     let quiet = Quiet::start();
     println!("{}", quiet.text());
+    println!("peers here: {}", peers::versions().join("; "));
     let mut results = Vec::new();
     for (place, base) in &options.places {
         let measured = measure_place(*place, base, options);

@@ -10,17 +10,24 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use blkrepl_nbd::{ClientOptions, NbdClient, NbdUri};
-use blkrepl_tests::cluster::free_ports;
+use blkrepl_nbd::{ClientOptions, NbdClient};
 use blkrepl_tests::proc::{Proc, missing, run};
 use blkrepl_tests::wait::wait_for;
 use serde_json::{Value, json};
 
-use super::CompareOptions;
 use super::subject::{Address, Daemon, EXPORT, Subject, allocated};
+use super::{CompareOptions, Transport};
 
 /// Unreplicated first, then those that replicate.
-pub(super) const NAMES: [&str; 5] = ["nbdkit", "qemu-nbd", "nbd-server", "qemu-mirror", "qemu-quorum"];
+pub(super) const NAMES: [&str; 7] = [
+    "nbdkit",
+    "qemu-nbd",
+    "nbd-server",
+    "qemu-mirror",
+    "qemu-quorum",
+    "qemu-mirror-unix",
+    "qemu-quorum-unix",
+];
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// Longest time until a mirror has copied what was there before.
@@ -95,7 +102,8 @@ fn nbd_server(name: &'static str, address: &Address, data: &Path, dir: &Path) ->
     Ok(Subject { pids: vec![pid], daemon: Some(daemon), ..subject })
 }
 
-/// qemu-storage-daemon with a second one behind it, over TCP.
+/// qemu-storage-daemon with a second one behind it: over TCP, or, what two machines could not do, over a unix socket,
+/// which has no Nagle's algorithm to wait for.
 fn replicated(
     name: &'static str,
     address: &Address,
@@ -105,23 +113,28 @@ fn replicated(
 ) -> Result<Subject> {
     let other_data = dir.join(format!("{name}.other"));
     allocated(&other_data, options.size)?;
-    let port = free_ports(1)?[0];
+    let transport = if name.ends_with("-unix") { Transport::Unix } else { Transport::Tcp };
+    let behind = Address::new(&format!("{name}-other"), dir, transport)?;
     let mut other = Command::new("qemu-storage-daemon");
     add_file(&mut other, "file", &other_data);
-    other.args(["--nbd-server", &format!("addr.type=inet,addr.host=127.0.0.1,addr.port={port}")]);
+    other.args(["--nbd-server", &listen_on(&behind)]);
     add_export(&mut other, "file");
     let other = Proc::spawn(name, &mut other, &dir.join(format!("{name}-other.log")))?;
     wait_for("the second server", START_LIMIT, || {
-        let uri = NbdUri::tcp("127.0.0.1", port, EXPORT);
-        Ok(NbdClient::connect(&uri, ClientOptions::default())?.disconnect()?)
+        Ok(NbdClient::connect(&behind.uri(EXPORT), ClientOptions::default())?.disconnect()?)
     })?;
     let mut command = Command::new("qemu-storage-daemon");
     add_file(&mut command, "here", data);
-    let there = json!({"driver": "nbd", "node-name": "there", "export": EXPORT,
-        "server": {"type": "inet", "host": "127.0.0.1", "port": port.to_string()}});
+    let there = if behind.is_unix() {
+        json!({"type": "unix", "path": behind.socket.display().to_string()})
+    } else {
+        json!({"type": "inet", "host": "127.0.0.1", "port": behind.port.to_string()})
+    };
+    let there = json!({"driver": "nbd", "node-name": "there", "export": EXPORT, "server": there});
     command.args(["--blockdev", &there.to_string()]);
     let monitor = dir.join(format!("{name}.qmp"));
-    if name == "qemu-quorum" {
+    let is_quorum = name.starts_with("qemu-quorum");
+    if is_quorum {
         let quorum = json!({"driver": "quorum", "node-name": "both", "vote-threshold": 2,
             "read-pattern": "fifo", "children": ["here", "there"]});
         command.args(["--blockdev", &quorum.to_string()]);
@@ -129,19 +142,23 @@ fn replicated(
         command.args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", monitor.display())]);
         command.args(["--monitor", "chardev=qmp"]);
     }
-    command.arg("--nbd-server");
-    if address.is_unix() {
-        command.arg(format!("addr.type=unix,addr.path={}", address.socket.display()));
-    } else {
-        command.arg(format!("addr.type=inet,addr.host=127.0.0.1,addr.port={}", address.port));
-    }
-    add_export(&mut command, if name == "qemu-quorum" { "both" } else { "here" });
+    command.args(["--nbd-server", &listen_on(address)]);
+    add_export(&mut command, if is_quorum { "both" } else { "here" });
     let server = Proc::spawn(name, &mut command, &dir.join(format!("{name}.log")))?;
     let subject = Subject::ready(name, address.uri(EXPORT), vec![server, other])?;
-    if name == "qemu-mirror" {
+    if !is_quorum {
         start_mirror(&monitor)?;
     }
     Ok(Subject { is_replicated_peer: true, ..subject })
+}
+
+/// Where a qemu-storage-daemon listens.
+fn listen_on(address: &Address) -> String {
+    if address.is_unix() {
+        format!("addr.type=unix,addr.path={}", address.socket.display())
+    } else {
+        format!("addr.type=inet,addr.host=127.0.0.1,addr.port={}", address.port)
+    }
 }
 
 fn add_file(command: &mut Command, node: &str, path: &Path) {

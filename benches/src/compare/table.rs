@@ -6,6 +6,7 @@ use blkrepl_nbd::bench::BenchReport;
 use serde_json::{Value, json};
 
 use super::jobs::NamedJob;
+use super::own::BLKREPL_NAMES;
 use super::subject::Subject;
 use super::{CompareOptions, peers};
 
@@ -88,6 +89,16 @@ impl PlaceResults {
         self.median(job, at)
     }
 
+    /// IOPS of a volume whose other replica is away, by those of one that never had another.
+    fn degraded_by_single(&self, job: usize) -> Option<f64> {
+        let [_, degraded, single] = BLKREPL_NAMES;
+        let iops = |name| {
+            let at = self.servers.iter().position(|(known, _)| *known == name)?;
+            self.median(job, at).map(|cell| cell.iops)
+        };
+        ratio(iops(degraded), iops(single))
+    }
+
     /// IOPS of the fastest peer that replicates.
     fn best_peer(&self, job: usize) -> Option<f64> {
         let peers = (0..self.servers.len()).filter(|server| self.servers[*server].1);
@@ -156,6 +167,18 @@ pub(super) fn text(results: &PlaceResults) -> String {
                 format!("{mark}{}", shown(cell.map(|_| spread), 2)),
             );
         }
+    }
+    let degraded: Vec<String> = (results.jobs.iter().enumerate())
+        .filter_map(|(job, name)| Some(format!("{name} {:.2}", results.degraded_by_single(job)?)))
+        .collect();
+    if !degraded.is_empty() {
+        let _ = writeln!(
+            out,
+            "\nIOPS of {} by those of {}: {}",
+            BLKREPL_NAMES[1],
+            BLKREPL_NAMES[2],
+            degraded.join(", ")
+        );
     }
     for (name, calls) in &results.enters {
         let _ = writeln!(
@@ -247,6 +270,16 @@ mod tests {
         assert_eq!(value["results"][1]["noisy"], false);
         assert_eq!(value["results"][0]["noisy"], true);
         assert!(value["results"][2]["median"].is_null());
+    }
+
+    #[test]
+    fn a_degraded_volume_is_compared_to_a_single_one() {
+        let mut results = results();
+        assert_eq!(results.degraded_by_single(0), None);
+        results.servers = vec![("floor", false), ("blkrepl-single", false), ("blkrepl-degraded", false)];
+        results.runs[0][2] = vec![cell(124.0)];
+        assert_eq!(results.degraded_by_single(0), Some(0.8));
+        assert!(text(&results).contains("of blkrepl-degraded by those of blkrepl-single: job 0.80"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Latency against requests in flight, on one connection, within a hot area.
+//! Latency, CPU time and memory against requests in flight, on one connection, within a hot area.
 
 use std::time::Duration;
 
@@ -25,17 +25,26 @@ pub(super) fn measure(options: &ScaleOptions, report: &mut Report) -> Result<()>
         Chart::new("depth-latency", "4 KiB random writes: latency", x, Axis::log("microseconds"));
     let mut cpu =
         Chart::new("depth-cpu", "4 KiB random writes: CPU of all nodes", x, Axis::linear("us each"));
+    let mut memory =
+        Chart::new("depth-memory", "memory right after a load", x, Axis::linear("MiB of the primary"));
     for depth in DEPTHS {
-        let run = target.write(Area::Hot, usize::from(depth), options.time)?;
+        let seen = target.write(Area::Hot, usize::from(depth), options.time)?;
         let x = f64::from(depth);
-        latency.point("p50", x, run.latency.p50_ns as f64 / 1e3);
-        latency.point("p99", x, run.latency.p99_ns as f64 / 1e3);
-        cpu.point("CPU", x, run.server_cpu_us().unwrap_or(f64::NAN));
-        report.number(&format!("writes per second at depth {depth}"), run.iops(), "/s");
+        latency.point("p50", x, seen.latency.p50_ns as f64 / 1e3);
+        latency.point("p99", x, seen.latency.p99_ns as f64 / 1e3);
+        cpu.point("CPU", x, seen.server_cpu_us().unwrap_or(f64::NAN));
+        memory.point("4 KiB writes", x, mib(bed.memory(PRIMARY)?.resident));
+        report.number(&format!("writes per second at depth {depth}"), seen.iops(), "/s");
+        let large = Job { block_size: 64 << 10, ..WRITES };
+        let load =
+            BenchOptions { area: Some(32 << 20), ..target.options(large, usize::from(depth), options.time) };
+        run(&target.uri, &load)?;
+        memory.point("64 KiB writes", x, mib(bed.memory(PRIMARY)?.resident));
     }
     after_large_writes(&bed, &target, options, report)?;
     report.chart(latency);
     report.chart(cpu);
+    report.chart(memory);
     bed.stop()
 }
 

@@ -2,7 +2,7 @@
 //! Prints one table.
 //!
 //!     cargo run -p blkrepl-tests --bin vm_compare -- [--kind uml|qemu] [--seconds N] [--rounds N] [--size MIB]
-//!         [--only NAME]... [--part loads|faults|resyncs]... [--quick]
+//!         [--only NAME]... [--part loads|connections|faults|resyncs]... [--quick]
 //!
 //! `--quick`: one round with short loads and the smallest resync. `--only`: systems, by a part of the name. `--part`:
 //! not all that is done to them.
@@ -18,7 +18,7 @@ use blkrepl_tests::vm::Kind;
 use blkrepl_tests::vm_compare::{Options, PARTS, compare, writer};
 
 const USAGE: &str = "vm_compare [--kind uml|qemu] [--seconds N] [--rounds N] [--size MIB] [--only NAME]... \
-                     [--part loads|faults|resyncs]... [--quick]";
+                     [--part loads|connections|faults|resyncs]... [--quick]";
 
 fn parse(args: &[String]) -> Result<Options> {
     let mut options = Options {

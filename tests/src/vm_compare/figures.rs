@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use super::connections::Connections;
 use super::loads::LOADS;
 use super::systems::SYSTEMS;
 use super::writer::Seen;
@@ -43,6 +44,7 @@ pub(super) struct Figures {
     gaps: BTreeMap<(Row, System), Vec<f64>>,
     words: BTreeMap<(Row, System), &'static str>,
     resyncs: BTreeMap<(u64, System, &'static str), Vec<f64>>,
+    pub(super) connections: Connections,
 }
 
 impl Figures {
@@ -72,8 +74,9 @@ impl Figures {
         let names: Vec<&str> = SYSTEMS.iter().map(|system| system.name).collect();
         let mut text = format!("| | {} |\n|---|{}\n", names.join(" | "), "---|".repeat(names.len()));
         for load in &LOADS {
-            let unit = if load.bulk { "MiB/s" } else { "IOPS" };
-            line(&mut text, &format!("{}, {unit}", load.name), |system| self.rate_cell(load.name, system));
+            line(&mut text, &format!("{}, {}", load.name, load.unit()), |system| {
+                self.rate_cell(load.name, system)
+            });
         }
         line(&mut text, "median of a lone 4 KiB synchronous write", |system| self.latency_cell(system));
         for row in ROWS {
@@ -85,7 +88,7 @@ impl Figures {
                 self.resync_cell(mib, system)
             });
         }
-        text
+        text + &self.connections.table()
     }
 
     /// The best rate and the median one, and how the best ones compare to those of the server without replication:
@@ -157,7 +160,7 @@ fn line(text: &mut String, name: &str, cell: impl Fn(System) -> Option<String>) 
 }
 
 /// The median; of an even number the lower one of the two in the middle.
-fn median(values: &[f64]) -> f64 {
+pub(super) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len().saturating_sub(1) / 2).copied().unwrap_or(f64::NAN)

@@ -112,6 +112,13 @@ own_down() {
     for node in 1 2 3; do own_kill $node TERM; done
 }
 
+# own_client DEVICE CONNECTIONS: the kernel's client on a device of its own, beside the mapped one.
+own_client() {
+    nbd-client -unix $state/n$(own_primary)/nbd.sock "$1" -N vol0 -C "$2" -b 4096 >&2
+}
+
+own_client_ends() { nbd-client -d "$1" >&2; }
+
 own_move() { own_ask move vol0 --to "n$(own_secondary)"; }
 
 own_return() {

@@ -17,6 +17,13 @@ pub(super) struct Load {
     pub(super) bulk: bool,
 }
 
+impl Load {
+    /// The unit of its rate.
+    pub(super) fn unit(&self) -> &'static str {
+        if self.bulk { "MiB/s" } else { "IOPS" }
+    }
+}
+
 /// All of them.
 pub(super) const LOADS: [Load; 5] = [
     Load {

@@ -2,16 +2,18 @@
 //! the same loads, the same writer while something is done to them. What it says of them: docs/performance.md.
 //!
 //! ```text
-//! mod      the order of things
-//! systems  what is done to each system
-//! loads    the loads of fio
-//! figures  what was measured, and the table of it
-//! writer   the program that writes in the machine while something fails
-//! guest.sh what is done there, step by step
+//! mod          the order of things
+//! systems      what is done to each system
+//! loads        the loads of fio
+//! connections  several connections of the kernel's client to one volume
+//! figures      what was measured, and the table of it
+//! writer       the program that writes in the machine while something fails
+//! guest.sh     what is done there, step by step
 //! ```
 //!
 //! The systems take turns, a whole turn each round, and only one of them runs at a time: the machine has one processor.
 
+mod connections;
 mod figures;
 mod loads;
 mod systems;
@@ -59,7 +61,7 @@ pub struct Options {
     pub changed_mib: Vec<u64>,
     /// Only systems with this in their names.
     pub only: Vec<String>,
-    /// Only these of `loads`, `faults` and `resyncs`; all if none is named.
+    /// Only these of [`PARTS`]; all if none is named.
     pub parts: Vec<String>,
 }
 
@@ -71,7 +73,7 @@ impl Options {
 }
 
 /// The parts of the whole.
-pub const PARTS: [&str; 3] = ["loads", "faults", "resyncs"];
+pub const PARTS: [&str; 4] = ["loads", "connections", "faults", "resyncs"];
 
 /// The machine, with the systems in it.
 pub(crate) struct Guest {

@@ -28,6 +28,8 @@ pub(super) struct System {
     resyncs: &'static [(&'static str, &'static str)],
     /// The step that hands the role over, if it is not a fault.
     hands_over: Option<&'static str>,
+    /// The step that connects the kernel's client to it, over so many connections.
+    client: Option<&'static str>,
     /// What is not measured, in words.
     words: &'static [(Row, &'static str)],
 }
@@ -43,6 +45,7 @@ pub(super) const SYSTEMS: [System; 3] = [
         faults: &[Fault { row: Row::PrimaryKilled, before: "", during: ("plain_kill", 3), after: ":" }],
         resyncs: &[],
         hands_over: None,
+        client: None,
         words: &[
             (Row::Moved, "there is no other one"),
             (Row::SecondaryEnds, "-"),
@@ -83,6 +86,7 @@ pub(super) const SYSTEMS: [System; 3] = [
         ],
         resyncs: &[("", "")],
         hands_over: None,
+        client: Some("own_client"),
         words: &[],
     },
     System {
@@ -96,6 +100,7 @@ pub(super) const SYSTEMS: [System; 3] = [
         ],
         resyncs: &[("", ""), ("tuned", DRBD_TUNED)],
         hands_over: Some("drbd_move"),
+        client: None,
         words: &[(
             Row::PrimaryKilled,
             "the client dies with it: the device is on the primary's machine only",
@@ -114,6 +119,11 @@ impl System {
         let wants = |part| guest.options.wants(part);
         if wants("loads") {
             self.loads(guest, figures)?;
+        }
+        if wants("connections")
+            && let Some(client) = self.client
+        {
+            figures.connections.measure(guest, client)?;
         }
         if wants("resyncs") {
             self.resyncs(guest, figures)?;
@@ -186,6 +196,10 @@ mod tests {
             let resync = if system.resyncs.is_empty() { &[][..] } else { &["resync"] };
             for step in ["up", "down"].iter().chain(resync) {
                 assert!(known(&format!("{}_{step}", system.steps)), "{} cannot {step}", system.name);
+            }
+            let ends = system.client.map(|client| format!("{client}_ends"));
+            for step in system.client.into_iter().chain(ends.as_deref()) {
+                assert!(known(step), "{}: no step {step}", system.name);
             }
             let words =
                 system.faults.iter().flat_map(|f| [f.before, f.during.0, f.after]).chain(system.hands_over);
