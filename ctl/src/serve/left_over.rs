@@ -1,6 +1,6 @@
-//! Files of a volume that never came to be. A volume is created in two steps: its first member makes the files, then the
-//! cluster commits the volume. If all that knew of it ends in between, the files stay, and would be in the way of every
-//! later volume of that name.
+//! Files of a volume that never came to be. A volume is created in two steps: its first member makes the files, then
+//! the cluster commits the volume. If all that knew of it ends in between, the files stay, and would be in the way of
+//! every later volume of that name.
 //!
 //! Never does: removing files of a volume that exists or may still come to be, or a byte that somebody wrote.
 
