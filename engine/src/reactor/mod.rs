@@ -52,6 +52,6 @@ pub use handle::{
 pub use holes::makes_holes;
 pub use open::{
     Expected, LOCK_WAIT_DEFAULT, OpenError, OpenVolume, Part, VolumeFiles, VolumePaths, create, open,
-    superblock_of,
+    remove_lone_metadata, superblock_of,
 };
 pub use ring::probe;

@@ -240,6 +240,12 @@ pub fn open(paths: &VolumePaths, expected: &Expected, lock_wait: Duration) -> Re
     lock(&meta, &paths.meta, Part::Meta, lock_wait)?;
     let data = open_existing(&paths.data, Part::Data)?;
     lock(&data, &paths.data, Part::Data, lock_wait)?;
+    // While this waited for a lock, whoever had it may have removed the file.
+    for (file, path, part) in [(&meta, &paths.meta, Part::Meta), (&data, &paths.data, Part::Data)] {
+        if !is_at(file, path) {
+            return Err(OpenError::Missing { part, path: path.clone() });
+        }
+    }
     let mut read_at = |offset: u64, bytes: &mut [u8]| read_or_zero(&meta, offset, bytes);
     let mut image = Image::read(&mut read_at, &expected.other_slots).map_err(|error| match error {
         ImageError::Superblock(source) => OpenError::Superblock { path: paths.meta.clone(), source },
@@ -280,6 +286,22 @@ pub fn superblock_of(paths: &VolumePaths) -> Result<Superblock, OpenError> {
     let [(_, a), (_, b)] = copies;
     let read = read_pair(&a, &b);
     read.map(|(found, ..)| found).map_err(|source| OpenError::Superblock { path: paths.meta.clone(), source })
+}
+
+/// Removes a metadata file whose data file is not there.
+///
+/// # Errors
+/// It is not there, somebody uses it, or it cannot be removed.
+pub fn remove_lone_metadata(paths: &VolumePaths, lock_wait: Duration) -> Result<(), OpenError> {
+    let meta = open_existing(&paths.meta, Part::Meta)?;
+    lock(&meta, &paths.meta, Part::Meta, lock_wait)?;
+    if !is_at(&meta, &paths.meta) {
+        return Err(OpenError::Missing { part: Part::Meta, path: paths.meta.clone() });
+    }
+    if paths.data.symlink_metadata().is_ok() {
+        return Err(OpenError::Exists { part: Part::Data, path: paths.data.clone() });
+    }
+    std::fs::remove_file(&paths.meta).map_err(failed("removing", &paths.meta))
 }
 
 /// Makes the files of a new replica: a sparse data file (a block device is taken as it is) and its
