@@ -58,11 +58,14 @@ impl DevCluster {
         };
         let started = dev.supervisor.start_all().and_then(|()| match known {
             // Carried on with: tools may look at once, even if not all nodes can start.
-            Some(_) => dev.refresh(),
+            Some(_) => {
+                dev.try_refresh(&mut None);
+                Ok(())
+            }
             None => dev.form(size, durability, interrupt),
         });
         if let Err(error) = started.and_then(|()| dev.set_lease(timing, interrupt)) {
-            dev.supervisor.stop_all();
+            dev.supervisor.stop_started();
             return Err(error);
         }
         Ok(dev)
@@ -99,6 +102,16 @@ impl DevCluster {
             self.shown = Some(now);
         }
         Ok(())
+    }
+
+    /// Brings cluster.json up to date, or says once why that fails. On a full disk, say: the nodes run on, so their
+    /// supervisor does, and tries again.
+    fn try_refresh(&mut self, told: &mut Option<String>) {
+        let error = self.refresh().err().map(|error| format!("{error:#}"));
+        if let Some(error) = error.as_ref().filter(|_| error != *told) {
+            eprintln!("blkrepl dev: {error}");
+        }
+        *told = error;
     }
 
     fn form(&mut self, size: u64, durability: DurabilityWord, interrupt: &Interrupt) -> anyhow::Result<()> {
@@ -203,24 +216,19 @@ pub fn run(args: &DevArgs) -> anyhow::Result<()> {
                 ended.config.display()
             );
         }
-        // A full disk, say. The nodes run on, so their supervisor does; it tries again at the next tick.
-        let error = dev.refresh().err().map(|error| format!("{error:#}"));
-        if let Some(error) = error.as_ref().filter(|_| error != told) {
-            eprintln!("blkrepl dev: {error}");
-        }
-        told = error;
+        dev.try_refresh(&mut told);
         std::thread::sleep(TICK);
     }
     println!("stopping");
     let killed = dev.supervisor.stop_all();
-    dev.refresh()?;
+    let refreshed = dev.refresh();
     if !killed.is_empty() {
         bail!(
             "{} did not stop in time and had to be killed; see the log in its directory",
             killed.join(", ")
         );
     }
-    Ok(())
+    refreshed
 }
 
 /// Tells who serves the volume whenever that changes, until interrupted. On a thread of its own: a node that is

@@ -203,14 +203,24 @@ impl Supervisor {
 
     /// Ends all nodes cleanly (SIGTERM, all at once) and waits. Names those that had to be killed.
     pub fn stop_all(&mut self) -> Vec<String> {
+        let running = (0..self.nodes.len()).map(|index| self.pid(index)).collect();
+        self.stop(running)
+    }
+
+    /// Ends the nodes that this supervisor started, and leaves those alone that ran before.
+    pub fn stop_started(&mut self) {
+        self.stop(vec![None; self.nodes.len()]);
+    }
+
+    /// Ends what was started and, by node, what else is named.
+    fn stop(&mut self, others: Vec<Option<u32>>) -> Vec<String> {
         let mut pids: Vec<(String, u32)> = Vec::new();
-        for index in 0..self.nodes.len() {
-            let name = self.nodes[index].config.name.clone();
+        for (node, other) in self.nodes.iter().zip(others) {
             // A child that just started may not have taken its lock yet.
-            let child = self.nodes[index].child.as_ref().map(Child::id);
-            for pid in [self.pid(index), child].into_iter().flatten() {
+            let child = node.child.as_ref().map(Child::id);
+            for pid in [other, child].into_iter().flatten() {
                 if !pids.iter().any(|(_, p)| *p == pid) {
-                    pids.push((name.clone(), pid));
+                    pids.push((node.config.name.clone(), pid));
                 }
             }
         }

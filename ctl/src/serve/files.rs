@@ -281,6 +281,10 @@ pub fn remove_first(place: &Place, new: &NewVolume, me: NodeId) -> Result<(), Op
 /// They are not those that are expected, somebody has them open, or they cannot be removed.
 pub(super) fn remove_made(place: &Place, expected: &Expected) -> Result<(), OpenError> {
     let open = reactor::open(&place.paths, expected, LOCK_WAIT_DEFAULT)?;
+    if open.identity_changed {
+        // The metadata is as expected, and this is not what it was written for.
+        return Err(OpenError::Exists(place.paths.data.clone()));
+    }
     // The metadata goes last: as long as it is there, nobody else makes files at this place.
     if !is_block_device(&place.paths.data) {
         remove_file(&place.paths.data)?;

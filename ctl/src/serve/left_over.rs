@@ -2,11 +2,17 @@
 //! the cluster commits the volume. If all that knew of it ends in between, the files stay, and would be in the way of
 //! every later volume of that name.
 //!
-//! Never does: removing files of a volume that exists or may still come to be, or a byte that somebody wrote.
+//! Never does: removing files of a volume that exists or may still come to be, or a byte that somebody wrote. Files that
+//! this run made stay, and metadata of a block device.
+
+use std::fs::File;
+use std::path::Path;
 
 use blkrepl_engine::control::ClusterState;
-use blkrepl_engine::reactor::{self, Expected};
+use blkrepl_engine::reactor::{self, Expected, LOCK_WAIT_DEFAULT};
 use blkrepl_engine::types::{ClusterId, Epoch, Member, NodeId, Reign};
+
+use rustix::fs::SeekFrom;
 
 use super::files::{OpenError, Place, is_unwritten, remove_made};
 
@@ -30,10 +36,15 @@ pub fn remove(
     let maker_is_over = maker.is_some_and(|maker| state.has_restarted(maker));
     let is_first = (found.epoch, found.reign) == (Epoch(1), Reign(1));
     let is_ours = found.cluster == cluster && found.node == me;
-    if !(maker_is_over && is_first && is_ours)
-        || state.volumes.contains_key(&found.volume)
-        || !is_unwritten(&place.paths().data)
-    {
+    if !(maker_is_over && is_first && is_ours) || state.volumes.contains_key(&found.volume) {
+        return Ok(false);
+    }
+    if place.paths().data.symlink_metadata().is_err() {
+        // A removal that was cut short in its turn.
+        reactor::remove_lone_metadata(place.paths(), LOCK_WAIT_DEFAULT)?;
+        return Ok(true);
+    }
+    if !holds_nothing(&place.paths().data) {
         return Ok(false);
     }
     let made = Expected {
@@ -47,18 +58,25 @@ pub fn remove(
     Ok(true)
 }
 
+/// True of a file to which nothing was ever written. One on a device, or on a file system that does not tell, is none.
+fn holds_nothing(data: &Path) -> bool {
+    let Ok(file) = File::open(data) else { return false };
+    is_unwritten(data) && rustix::fs::seek(&file, SeekFrom::Data(0)) == Err(rustix::io::Errno::NXIO)
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
-    use std::path::Path;
 
     use blkrepl_engine::control::{NodeAddrs, NodeKind, NodeRecord, StoreId};
+    use blkrepl_engine::meta::Superblock;
     use blkrepl_engine::types::{Geometry, Incarnation, LineageId, VolumeId};
 
     use super::*;
     use crate::config;
     use crate::ops::NewVolume;
     use crate::serve::files::create_first;
+    use crate::serve::status::tests::record;
 
     const CLUSTER: ClusterId = ClusterId(5);
 
@@ -115,14 +133,50 @@ mod tests {
     }
 
     #[test]
-    fn content_stays() {
+    fn content_and_files_of_what_may_be_a_volume_stay() {
         let dir = tempfile::tempdir().unwrap();
         let place = place(dir.path());
         create_first(&place, &new_volume(), CLUSTER, run(1), 0).unwrap();
+        let mut known = state(run(2));
+        known.volumes.insert(VolumeId(7), record());
+        assert!(!remove(&place, CLUSTER, NodeId(1), &known).unwrap(), "the volume exists");
+        assert!(!remove(&place, CLUSTER, NodeId(2), &state(run(2))).unwrap(), "they are another node's");
         let data = std::fs::OpenOptions::new().write(true).open(&place.paths().data).unwrap();
         data.write_all_at(&[1; 4096], 0).unwrap();
         data.sync_all().unwrap();
-        assert!(!remove(&place, CLUSTER, NodeId(1), &state(run(2))).unwrap());
-        assert!(place.paths().meta.exists());
+        assert!(!remove(&place, CLUSTER, NodeId(1), &state(run(2))).unwrap(), "there is content");
+        // As a file that another creation put in its place.
+        std::fs::remove_file(&place.paths().data).unwrap();
+        File::create(&place.paths().data).unwrap().set_len(1 << 20).unwrap();
+        remove(&place, CLUSTER, NodeId(1), &state(run(2))).unwrap_err();
+        assert!(place.paths().meta.exists() && place.paths().data.exists());
+    }
+
+    #[test]
+    fn a_removal_that_was_cut_short_is_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = place(dir.path());
+        create_first(&place, &new_volume(), CLUSTER, run(1), 0).unwrap();
+        std::fs::remove_file(&place.paths().data).unwrap();
+        assert!(remove(&place, CLUSTER, NodeId(1), &state(run(2))).unwrap());
+        assert!(!place.paths().meta.exists());
+    }
+
+    #[test]
+    fn files_of_a_replica_that_is_no_first_member_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = place(dir.path());
+        create_first(&place, &new_volume(), CLUSTER, run(1), 0).unwrap();
+        let found = reactor::superblock_of(place.paths()).unwrap();
+        for other in [
+            Superblock { member: None, ..found.clone() },
+            Superblock { epoch: Epoch(2), ..found.clone() },
+            Superblock { reign: Reign(2), ..found },
+        ] {
+            let mut superblock = other;
+            let meta = std::fs::OpenOptions::new().write(true).open(&place.paths().meta).unwrap();
+            superblock.advance().iter().for_each(|(at, bytes)| meta.write_all_at(bytes, *at).unwrap());
+            assert!(!remove(&place, CLUSTER, NodeId(1), &state(run(2))).unwrap());
+        }
     }
 }

@@ -218,18 +218,10 @@ fn control_options(config: &NodeConfig, os_boot: u128) -> ControlOptions {
 async fn start_control(config: &NodeConfig, os_boot: u128) -> anyhow::Result<Control> {
     let started = control::start(control_options(config, os_boot), boottime_now).await;
     started.map_err(|error| match error {
-        ControlError::Io { ref source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-            anyhow::Error::new(error).context(format!(
-                "cannot start the control plane of {}: free some space in {} and start it again",
-                config.name,
-                config.dir.display()
-            ))
-        }
-        ControlError::Io { .. } => anyhow::Error::new(error).context(format!(
-            "cannot start the control plane of {} (if its address is in use, end who uses it, `ss -ltnp` \
-            shows it, or change listen.control in {} and the [[cluster]] lists)",
+        ControlError::Io { ref source, .. } if is_full(source) => anyhow::Error::new(error).context(format!(
+            "cannot start the control plane of {}: free some space in {} and start it again",
             config.name,
-            config.file.display()
+            config.dir.display()
         )),
         ControlError::Missing(_) => anyhow::Error::new(error).context(format!(
             "{} has no store (config {})",
@@ -238,6 +230,11 @@ async fn start_control(config: &NodeConfig, os_boot: u128) -> anyhow::Result<Con
         )),
         _ => anyhow::Error::new(error).context(format!("cannot start the control plane of {}", config.name)),
     })
+}
+
+/// Room is what is missing.
+fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }
 
 /// The boot id of the operating system: the same until the machine restarts.
