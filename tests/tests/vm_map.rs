@@ -151,7 +151,7 @@ fn cut_under_load(vm: &mut Vm, round: u32, enough: u64) -> Result<u64> {
     let before = reported(vm.log());
     let job = vm.start(&command(&format!("load ext4 {dir} /dev/vm-log")), ROUND_LIMIT)?;
     wait_reported(vm, &job, |now| now != before && now >= enough)?;
-    let committed = cut_and_boot(vm)?;
+    let committed = cut_and_boot(vm, &job)?;
     ensure!(committed >= enough, "{committed} commits reported");
     run_in(vm, &command(&format!("check ext4 {dir} {committed}")), CHECK_LIMIT)
         .with_context(|| format!("cut after {committed} commits"))?;
@@ -172,8 +172,11 @@ fn wait_reported(vm: &Vm, job: &Job, enough: impl Fn(u64) -> bool) -> Result<()>
     }
 }
 
-/// Cuts the power, and boots with the disk mounted; what was reported before the cut.
-fn cut_and_boot(vm: &mut Vm) -> Result<u64> {
+/// Cuts the power while this runs, and boots with the disk mounted; what was reported before the cut.
+fn cut_and_boot(vm: &mut Vm, job: &Job) -> Result<u64> {
+    if let Some(ended) = vm.finished(job)? {
+        return Err(anyhow!("it ended: {}", ended.text()));
+    }
     vm.cut_power()?;
     let last = reported(vm.log());
     vm.boot()?;
@@ -209,21 +212,22 @@ fn a_new_cluster_serves_again_after_every_cut_of_power() {
 fn cut_early(vm: &mut Vm, round: u32, random: &mut Random) -> Result<Vec<u64>> {
     let started = reported(vm.log());
     let mut told = Vec::new();
-    for cut in 0..=CUTS {
+    for cut in 0.. {
         let (before, last) = (reported(vm.log()), told.last().copied().unwrap_or(0));
         let words = format!("write /disk/early{round} /dev/vm-log {last}");
         let job = vm.start(&command(&words), ROUND_LIMIT)?;
         if cut > 0 {
             wait_reported(vm, &job, |now| now != before && now > last)?;
         }
-        if cut < CUTS {
-            // No condition to wait for: a cut may come at any moment.
-            std::thread::sleep(Duration::from_millis(random.below(EARLY_MS)));
-            let last = cut_and_boot(vm)?;
-            told.push(if last == started { 0 } else { last });
+        if cut == CUTS {
+            // The next round has a cluster of its own.
+            cut_and_boot(vm, &job)?;
+            break;
         }
+        // No condition to wait for: a cut may come at any moment.
+        std::thread::sleep(Duration::from_millis(random.below(EARLY_MS)));
+        let last = cut_and_boot(vm, &job)?;
+        told.push(if last == started { 0 } else { last });
     }
-    // The next round has a cluster of its own.
-    cut_and_boot(vm)?;
     Ok(told)
 }
