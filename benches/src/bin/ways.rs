@@ -2,6 +2,7 @@
 //!
 //! `cargo run --release -p blkrepl-benches --bin ways -- --help`
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,7 +10,8 @@ use blkrepl_benches::ways::{WaysOptions, names, ways};
 use blkrepl_benches::{exit_code, seconds};
 use clap::Parser;
 
-/// Measures ways of receiving, sending and waiting, each by itself, on a TCP connection over loopback.
+/// Measures ways of receiving, sending and waiting on a TCP connection over loopback, and of writing to a file, each by
+/// itself.
 #[derive(Parser)]
 struct Cli {
     /// Rounds of every way.
@@ -21,6 +23,12 @@ struct Cli {
     /// Measured seconds of each run.
     #[arg(long, default_value = "1", value_parser = seconds)]
     seconds: Duration,
+    /// A directory on a disk, for what is written to one.
+    #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
+    disk_dir: PathBuf,
+    /// A directory on a tmpfs.
+    #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
+    tmpfs_dir: PathBuf,
     /// Print the names of the ways.
     #[arg(long)]
     list: bool,
@@ -32,5 +40,6 @@ fn main() -> ExitCode {
         names().for_each(|name| println!("{name}"));
         return ExitCode::SUCCESS;
     }
-    exit_code("ways", ways(&WaysOptions { rounds: cli.rounds, time: cli.seconds, only: cli.only }))
+    let Cli { rounds, only, seconds, disk_dir, tmpfs_dir, .. } = cli;
+    exit_code("ways", ways(&WaysOptions { rounds, time: seconds, only, disk_dir, tmpfs_dir }))
 }

@@ -29,6 +29,14 @@ pub(super) struct Work {
     pub(super) enters: u64,
 }
 
+impl Work {
+    fn sample(self, took: Duration, own: Duration) -> Sample {
+        let messages = self.messages.max(1) as f64;
+        let each = |time: Duration| time.as_secs_f64() * 1e6 / messages;
+        Sample { micros: each(took), cpu_micros: each(own), enters: self.enters as f64 / messages }
+    }
+}
+
 fn cpu(clock: ClockId) -> Duration {
     let time = clock_gettime(clock);
     Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).expect("nanoseconds of a second"))
@@ -70,14 +78,15 @@ pub(super) fn between(
         })?;
         let peers = peer.join().map_err(|_| anyhow!("the peer panicked"))?;
         let own = cpu(ClockId::ProcessCPUTime).saturating_sub(started.1).saturating_sub(peers);
-        let Work { messages, enters } = worked?;
-        let each = |time: Duration| time.as_secs_f64() * 1e6 / messages.max(1) as f64;
-        Ok(Sample {
-            micros: each(took),
-            cpu_micros: each(own),
-            enters: enters as f64 / messages.max(1) as f64,
-        })
+        Ok(worked?.sample(took, own))
     })
+}
+
+/// Runs `measured`, which needs no peer.
+pub(super) fn alone(measured: impl FnOnce() -> Result<Work>) -> Result<Sample> {
+    let started = (Instant::now(), cpu(ClockId::ProcessCPUTime));
+    let work = measured()?;
+    Ok(work.sample(started.0.elapsed(), cpu(ClockId::ProcessCPUTime).saturating_sub(started.1)))
 }
 
 /// Sends `batch` again and again; one more is under way before the last one was answered by a byte.

@@ -1,9 +1,9 @@
 //! `ways`: what other ways of using io_uring would gain the hot path, each measured by itself.
 //!
 //! One connected pair of TCP sockets on loopback, a peer in a thread of its own, and one way after the other to
-//! receive, to send and to wait ([`Way`]). All ways follow each other, the whole several times; figures are medians of
-//! the rounds, ratios are to the way that the reactor takes, within this one run. Processor time is that of the
-//! measured side, threads of the kernel on its behalf included. It asserts nothing.
+//! receive, to send and to wait; and a file that blocks are written to ([`Way`]). All ways follow each other, the whole
+//! several times; figures are medians of the rounds, ratios are to the way that the reactor takes, within this one run.
+//! Processor time is that of the measured side, threads of the kernel on its behalf included. It asserts nothing.
 //!
 //! ```text
 //! way       the ways, and the messages that each is measured with
@@ -12,6 +12,7 @@
 //! receive   one receive after the other; one that stays, into provided buffers
 //! send      with and without the kernel's copy
 //! wait      asleep, spinning, with a kernel thread that submits
+//! write     blocks to a file, with what may be registered
 //! ```
 
 mod link;
@@ -20,8 +21,10 @@ mod ring;
 mod send;
 mod wait;
 mod way;
+mod write;
 
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -39,6 +42,10 @@ pub struct WaysOptions {
     pub time: Duration,
     /// Only ways whose name contains one of these; all if there are none.
     pub only: Vec<String>,
+    /// A directory on a disk, for what is written to one.
+    pub disk_dir: PathBuf,
+    /// A directory on a tmpfs.
+    pub tmpfs_dir: PathBuf,
 }
 
 /// Measures, printing what it does and a table.
@@ -53,7 +60,7 @@ pub fn ways(options: &WaysOptions) -> Result<()> {
     let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); ways.len()];
     for round in 0..options.rounds {
         for (way, samples) in ways.iter().zip(&mut samples) {
-            match way.run(options.time) {
+            match way.run(options) {
                 Ok(sample) => samples.push(sample),
                 Err(reason) if round == 0 => println!("left out: {}: {reason:#}", way.name()),
                 Err(reason) => return Err(reason),

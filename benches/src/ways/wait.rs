@@ -25,7 +25,7 @@ pub(super) fn run(how: Wait, time: Duration) -> Result<Sample> {
 fn wait(how: Wait, ring: &mut Ring, want: usize, done: &mut Vec<Done>, end: Instant) -> Result<()> {
     loop {
         match how {
-            Wait::Asleep | Wait::KernelSubmits => return ring.turn(want, done),
+            Wait::Asleep | Wait::AsleepPlainRing | Wait::KernelSubmits => return ring.turn(want, done),
             Wait::Spinning => ring.ask(done)?,
             Wait::KernelSubmitsSpinning => ring.look(done)?,
         }
@@ -38,6 +38,7 @@ fn wait(how: Wait, ring: &mut Ring, want: usize, done: &mut Vec<Done>, end: Inst
 fn measured(how: Wait, socket: &TcpStream, time: Duration) -> Result<Work> {
     let mut ring = match how {
         Wait::Asleep | Wait::Spinning => Ring::new(socket)?,
+        Wait::AsleepPlainRing => Ring::plain(socket)?,
         Wait::KernelSubmits | Wait::KernelSubmitsSpinning => Ring::with_submitter(socket)?,
     };
     let (mut message, mut reply) = (Memory::new(HEADER + BODY), Memory::new(REPLY));
@@ -70,7 +71,13 @@ mod tests {
 
     #[test]
     fn each_way_answers() {
-        for how in [Wait::Asleep, Wait::Spinning, Wait::KernelSubmits, Wait::KernelSubmitsSpinning] {
+        for how in [
+            Wait::Asleep,
+            Wait::AsleepPlainRing,
+            Wait::Spinning,
+            Wait::KernelSubmits,
+            Wait::KernelSubmitsSpinning,
+        ] {
             assert!(run(how, Duration::from_millis(50)).unwrap().micros > 0.0, "{how:?}");
         }
     }

@@ -1,11 +1,9 @@
 //! The ways, and the messages that each is measured with.
 
-use std::time::Duration;
-
 use anyhow::Result;
 
 use super::link::Sample;
-use super::{receive, send, wait};
+use super::{WaysOptions, receive, send, wait, write};
 
 /// How messages are received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,12 +31,34 @@ pub(super) enum Send {
 pub(super) enum Wait {
     /// As the reactor does: submitted and waited for in one call.
     Asleep,
+    /// The same on a ring without the reactor's flags.
+    AsleepPlainRing,
     /// Asked for again and again; never asleep.
     Spinning,
     /// A thread of the kernel submits; completions are waited for asleep.
     KernelSubmits,
     /// The same, and completions are looked for again and again.
     KernelSubmitsSpinning,
+}
+
+/// What of a write is registered with the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Write {
+    /// As the reactor does: the buffer.
+    RegisteredBuffer,
+    /// Nothing.
+    OwnBuffer,
+    /// The file as well.
+    RegisteredFile,
+    /// The buffer, and the ring has none of the reactor's flags (SINGLE_ISSUER, DEFER_TASKRUN).
+    PlainRing,
+}
+
+/// Where a file lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Medium {
+    Disk,
+    Memory,
 }
 
 /// A way, and the messages it is measured with.
@@ -50,6 +70,8 @@ pub(super) enum Way {
     Send(Send, usize),
     /// One message of 4 KiB after the other, each answered.
     Wait(Wait),
+    /// Blocks of 4 KiB to a file, 32 in flight.
+    Write(Write, Medium),
 }
 
 impl Way {
@@ -62,8 +84,18 @@ impl Way {
             });
         let sends = [4096, 65536, 1 << 20].into_iter();
         let sends = sends.flat_map(|len| [Send::Copy, Send::ZeroCopy].map(|how| Self::Send(how, len)));
-        let waits = [Wait::Asleep, Wait::Spinning, Wait::KernelSubmits, Wait::KernelSubmitsSpinning];
-        receives.chain(sends).chain(waits.map(Self::Wait))
+        let waits = [
+            Wait::Asleep,
+            Wait::AsleepPlainRing,
+            Wait::Spinning,
+            Wait::KernelSubmits,
+            Wait::KernelSubmitsSpinning,
+        ];
+        let writes = [Medium::Disk, Medium::Memory].into_iter().flat_map(|medium| {
+            [Write::RegisteredBuffer, Write::OwnBuffer, Write::RegisteredFile, Write::PlainRing]
+                .map(|how| Self::Write(how, medium))
+        });
+        receives.chain(sends).chain(waits.map(Self::Wait)).chain(writes)
     }
 
     /// What ways are compared within.
@@ -72,6 +104,8 @@ impl Way {
             Self::Receive(_, len, batch) => format!("receive {} KiB, {batch} at once", len >> 10),
             Self::Send(_, len) => format!("send {} KiB", len >> 10),
             Self::Wait(_) => "wait for 4 KiB".to_owned(),
+            Self::Write(_, Medium::Disk) => "write 4 KiB to a disk".to_owned(),
+            Self::Write(_, Medium::Memory) => "write 4 KiB to memory".to_owned(),
         }
     }
 
@@ -83,19 +117,27 @@ impl Way {
             Self::Send(Send::Copy, _) => "copy",
             Self::Send(Send::ZeroCopy, _) => "zero-copy",
             Self::Wait(Wait::Asleep) => "asleep",
+            Self::Wait(Wait::AsleepPlainRing) => "asleep, plain ring",
             Self::Wait(Wait::Spinning) => "spinning",
             Self::Wait(Wait::KernelSubmits) => "SQPOLL",
             Self::Wait(Wait::KernelSubmitsSpinning) => "SQPOLL, spinning",
+            Self::Write(Write::RegisteredBuffer, _) => "registered buffer",
+            Self::Write(Write::OwnBuffer, _) => "nothing registered",
+            Self::Write(Write::RegisteredFile, _) => "registered buffer and file",
+            Self::Write(Write::PlainRing, _) => "registered buffer, plain ring",
         };
         format!("{}: {how}", self.group())
     }
 
     /// Measures it for about that time.
-    pub(super) fn run(self, time: Duration) -> Result<Sample> {
+    pub(super) fn run(self, options: &WaysOptions) -> Result<Sample> {
+        let time = options.time;
         match self {
             Self::Receive(how, len, batch) => receive::run(how, len, batch, time),
             Self::Send(how, len) => send::run(how, len, time),
             Self::Wait(how) => wait::run(how, time),
+            Self::Write(how, Medium::Disk) => write::run(how, Medium::Disk, &options.disk_dir, time),
+            Self::Write(how, Medium::Memory) => write::run(how, Medium::Memory, &options.tmpfs_dir, time),
         }
     }
 }
