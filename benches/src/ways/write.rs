@@ -29,7 +29,8 @@ pub(super) fn run(how: Write, medium: Medium, dir: &Path, time: Duration) -> Res
     file.as_file().sync_all().context("flush the file")?;
     let flag = match medium {
         Medium::Disk => libc::O_DIRECT,
-        Medium::Memory => libc::O_NONBLOCK,
+        // A write through the page cache would be handed to a thread of the kernel.
+        Medium::Memory => libc::O_DIRECT | libc::O_NONBLOCK,
     };
     let data =
         OpenOptions::new().write(true).custom_flags(flag).open(file.path()).context("open the file")?;
