@@ -65,7 +65,12 @@ impl DevCluster {
             None => dev.form(size, durability, interrupt),
         });
         if let Err(error) = started.and_then(|()| dev.set_lease(timing, interrupt)) {
-            dev.supervisor.stop_started();
+            // Ctrl-C ends every node; what only could not be done leaves alone who served before.
+            if interrupt.is_set() {
+                dev.supervisor.stop_all();
+            } else {
+                dev.supervisor.stop_started();
+            }
             return Err(error);
         }
         Ok(dev)

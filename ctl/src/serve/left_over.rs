@@ -6,6 +6,7 @@
 //! this run made stay, and metadata of a block device.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use blkrepl_engine::control::ClusterState;
@@ -39,7 +40,8 @@ pub fn remove(
     if !(maker_is_over && is_first && is_ours) || state.volumes.contains_key(&found.volume) {
         return Ok(false);
     }
-    if place.paths().data.symlink_metadata().is_err() {
+    let data = place.paths().data.symlink_metadata();
+    if data.is_err_and(|error| error.kind() == ErrorKind::NotFound) {
         // A removal that was cut short in its turn.
         reactor::remove_lone_metadata(place.paths(), LOCK_WAIT_DEFAULT)?;
         return Ok(true);
