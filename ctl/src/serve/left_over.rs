@@ -2,8 +2,8 @@
 //! the cluster commits the volume. If all that knew of it ends in between, the files stay, and would be in the way of
 //! every later volume of that name.
 //!
-//! Never does: removing files of a volume that exists or may still come to be, or a byte that somebody wrote. Files that
-//! this run made stay, and metadata of a block device.
+//! Never does: removing files of a volume that exists or may still come to be, or a byte that somebody wrote. Files
+//! that this run made stay, and metadata of a block device.
 
 use std::fs::File;
 use std::io::ErrorKind;
