@@ -129,19 +129,24 @@ fn reported(log: &Path) -> u64 {
     whole.lines().rev().find_map(|l| l.strip_prefix("REPORTED ")?.trim().parse().ok()).unwrap_or(0)
 }
 
-#[test]
-fn what_was_reported_committed_is_there_after_a_cut_of_power() {
+/// Cuts the power of one machine in each round, as `cut` does it with chance; what it says of that is told.
+fn cuts_of_power(name: &str, cut: impl Fn(&mut Vm, u32, &mut Random) -> Result<String>) {
     let seed = fresh_seed();
-    let name = "vm_map_power";
     with_machine(name, |vm| {
         step(name, &format!("seed {seed}"));
         let mut random = Random::new(seed);
         for round in 0..rounds() {
-            let enough = 20 + random.below(40);
-            let committed = with_evidence(vm, |vm| cut_under_load(vm, round, enough))?;
-            measured(name, &format!("cut after {committed} commits were reported: all there"));
+            measured(name, &with_evidence(vm, |vm| cut(vm, round, &mut random))?);
         }
         Ok(())
+    });
+}
+
+#[test]
+fn what_was_reported_committed_is_there_after_a_cut_of_power() {
+    cuts_of_power("vm_map_power", |vm, round, random| {
+        let committed = cut_under_load(vm, round, 20 + random.below(40))?;
+        Ok(format!("cut after {committed} commits were reported: all there"))
     });
 }
 
@@ -194,16 +199,9 @@ fn mount_disk(vm: &Vm) -> Result<()> {
 
 #[test]
 fn a_new_cluster_serves_again_after_every_cut_of_power() {
-    let seed = fresh_seed();
-    let name = "vm_map_early";
-    with_machine(name, |vm| {
-        step(name, &format!("seed {seed}"));
-        let mut random = Random::new(seed);
-        for round in 0..rounds() {
-            let told = with_evidence(vm, |vm| cut_early(vm, round, &mut random))?;
-            measured(name, &format!("cut after writes {told:?} were reported: served again, all there"));
-        }
-        Ok(())
+    cuts_of_power("vm_map_early", |vm, round, random| {
+        let told = cut_early(vm, round, random)?;
+        Ok(format!("cut after writes {told:?} were reported: served again, all there"))
     });
 }
 
